@@ -1,0 +1,312 @@
+"""The artifact on disk: what a bundle holds, whether it is whole, and where bundles are found.
+
+A bundle is a directory with ``config.json``, ``preprocessor_config.json``, ONNX graphs and, when
+vistower's exporter wrote it, ``vistower.json``. Without the last (``optimum-cli export onnx``,
+public ONNX repositories) the token layout is read from ``config.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vistower.backbones import BACKBONES
+from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
+from vistower.manifest import MANIFEST_FILE, Manifest
+from vistower.preprocess import Preprocessor
+from vistower.tokens import TokenLayout
+
+CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
+PLAIN_GRAPHS = ("onnx/model.onnx", "model.onnx")
+"""Where a bundle without ``vistower.json`` keeps its graph: hub repositories, then optimum-cli."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+_HASH_AT_OPEN = 1 << 20
+"""Files up to this many bytes are hashed when a bundle is opened; larger ones only compared in
+size, so that opening stays fast. ``vistower verify`` hashes all."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk; ``manifest`` is None where vistower's exporter did not write it."""
+
+    directory: Path
+    manifest: Manifest | None
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Bundle:
+        """Load and check the bundle in a directory.
+
+        Raises:
+            BundleNotFoundError: the directory does not exist or holds no bundle.
+            BundleCorruptError: a file is missing or is not what the manifest says.
+            BundleUnsupportedError: unknown format version or architecture.
+        """
+        path = Path(directory)
+        if not path.is_dir():
+            raise BundleNotFoundError(
+                f"There is no directory {path}. Give the directory `vistower export` wrote."
+            )
+        if (path / MANIFEST_FILE).is_file():
+            bundle = cls(path, Manifest.read(path / MANIFEST_FILE))
+            bundle.check(hash_up_to=_HASH_AT_OPEN)
+            return bundle
+        if _plain_graph(path) is None:
+            raise BundleNotFoundError(_nothing_here(path))
+        for name in (CONFIG_FILE, PROCESSOR_FILE):
+            if not (path / name).is_file():
+                raise BundleCorruptError(
+                    f"{path} has an ONNX graph but no {name}. Copy it from the checkpoint the "
+                    f"graph was exported from."
+                )
+        return cls(path, None)
+
+    def check(self, *, hash_up_to: int | None = None) -> None:
+        """Compare every file with the manifest: its size, and its SHA-256 up to a size in bytes.
+
+        ``hash_up_to=None`` hashes all. A bundle without a manifest has nothing to compare with.
+
+        Raises:
+            BundleCorruptError: naming the first file that is missing or differs.
+        """
+        if self.manifest is None:
+            return
+        for name, record in self.manifest.files.items():
+            path = self.directory / name
+            if not path.is_file():
+                raise BundleCorruptError(
+                    f"The bundle {self.directory} lacks {name}. Export it again."
+                )
+            size = path.stat().st_size
+            if size != record.size:
+                raise BundleCorruptError(
+                    f"{path} has {size} bytes, but its manifest says {record.size}. It was edited "
+                    f"or not written fully: export the bundle again."
+                )
+            if (hash_up_to is None or size <= hash_up_to) and sha256(path) != record.sha256:
+                raise BundleCorruptError(
+                    f"{path} is not the file its manifest describes (SHA-256 differs). It was "
+                    f"edited: export the bundle again."
+                )
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name, e.g. ``clip-vit-base-patch32``."""
+        return self.manifest.source.name if self.manifest else self.directory.resolve().name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The vision tower's part of ``config.json``."""
+        config = _read_json(self.directory / CONFIG_FILE)
+        vision = config.get("vision_config")
+        return vision if isinstance(vision, dict) else config
+
+    @cached_property
+    def layout(self) -> TokenLayout:
+        """Where CLS, register and patch tokens lie."""
+        if self.manifest is not None:
+            return self.manifest.layout
+        config = self.config
+        model_type = config.get("model_type")
+        if model_type not in {backbone.family for backbone in BACKBONES.values()}:
+            raise BundleUnsupportedError(
+                f"{self.directory / CONFIG_FILE} says model_type={model_type!r}; without a "
+                f"{MANIFEST_FILE} only clip_vision_model and dinov3_vit are understood."
+            )
+        try:
+            return TokenLayout(
+                image_size=self.preprocessor.output_size,
+                patch_size=int(config["patch_size"]),
+                num_register_tokens=int(config.get("num_register_tokens", 0)),
+                hidden_size=int(config["hidden_size"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleCorruptError(
+                f"{self.directory / CONFIG_FILE} does not describe the tower ({error!r})."
+            ) from error
+
+    @cached_property
+    def preprocessor(self) -> Preprocessor:
+        """The image processor of ``preprocessor_config.json``, reproduced in NumPy."""
+        config = _read_json(self.directory / PROCESSOR_FILE)
+        if self.manifest is None:
+            return Preprocessor.from_config(config)
+        reference = self.manifest.preprocessing
+        return Preprocessor.from_config(
+            config, backend=reference.backend, transparency=reference.transparency
+        )
+
+    def graph(self, kind: str | None = None) -> Path:
+        """The file of a graph: ``portable``, ``ort``, or None for the fastest there is.
+
+        Raises:
+            BundleNotFoundError: the bundle has no such graph.
+        """
+        if self.manifest is None:
+            plain = _plain_graph(self.directory)
+            if plain is None or kind not in (None, "portable"):
+                raise BundleNotFoundError(
+                    f"{self.directory} has no graph {kind!r}: it was not written by vistower."
+                )
+            return plain
+        graphs = self.manifest.graphs
+        chosen = kind or ("ort" if "ort" in graphs else "portable")
+        if chosen not in graphs:
+            raise BundleNotFoundError(
+                f"{self.directory} has no graph {chosen!r}; it has {', '.join(graphs)}."
+            )
+        return self.directory / graphs[chosen].file
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where bundles are kept by id: ``VISTOWER_CACHE``, else ``vistower`` under the HF cache.
+
+    The HF cache is ``HF_HOME``, else ``$XDG_CACHE_HOME/huggingface``, else
+    ``~/.cache/huggingface``.
+    """
+    if explicit := os.environ.get("VISTOWER_CACHE"):
+        return Path(explicit).expanduser()
+    if hf_home := os.environ.get("HF_HOME"):
+        return Path(hf_home).expanduser() / "vistower"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "huggingface" / "vistower"
+
+
+def cache_path(model: str, revision: str | None = None) -> Path:
+    """The cache directory's place for the bundle of a hub id or of a local checkpoint directory.
+
+    A hub id may carry its revision, ``owner/name@revision``. A directory's place depends on its
+    absolute path, so that two checkpoints of one name do not collide.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        absolute = path.resolve()
+        digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
+        return cache_directory() / f"local--{absolute.name}--{digest}"
+    if revision is not None:
+        model = f"{model}@{revision}"
+    return cache_directory() / model.strip("/").replace("/", "--")
+
+
+def weight_files(directory: Path) -> dict[str, tuple[int, int]]:
+    """The weight files of a checkpoint directory → (size in bytes, modification time in ns)."""
+    return {
+        file.name: (file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(directory.iterdir())
+        if file.suffix in WEIGHT_SUFFIXES and file.is_file()
+    }
+
+
+def find_bundle(model: str | os.PathLike[str]) -> Bundle:
+    """Find the bundle of a model: its directory, or the cache's entry for a checkpoint or hub id.
+
+    Nothing is downloaded or exported.
+
+    Raises:
+        BundleNotFoundError: there is none; the message holds the export command.
+        BundleCorruptError: it was exported from an earlier state of the checkpoint directory, or
+            it is damaged.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        if path.is_absolute() or text.startswith((".", "~")) or path.exists():
+            raise BundleNotFoundError(
+                f"There is no directory {path}. Give a bundle's directory, or a hub id whose "
+                f"bundle is in the cache {cache_directory()}."
+            )
+        return _cached_hub_bundle(text)
+    if (path / MANIFEST_FILE).is_file() or _plain_graph(path) is not None:
+        return Bundle.load(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise BundleNotFoundError(_nothing_here(path))
+    return _cached_checkpoint_bundle(path)
+
+
+def _cached_hub_bundle(model: str) -> Bundle:
+    hub_id = model.strip("/")
+    name, _, revision = hub_id.partition("@")
+    backbone = BACKBONES.get(name)
+    if backbone is not None:
+        name = backbone.hub_id
+    place = cache_path(name, revision or None)
+    if not place.is_dir():
+        command = f"vistower export {name}" + (f" --revision {revision}" if revision else "")
+        raise BundleNotFoundError(
+            f"There is no bundle of {hub_id!r} in the cache {cache_directory()}. Make it, where "
+            f"torch is installed, with: {command}"
+        )
+    return Bundle.load(place)
+
+
+def _cached_checkpoint_bundle(path: Path) -> Bundle:
+    place = cache_path(str(path))
+    command = f"vistower export {path}"
+    if not place.is_dir():
+        raise BundleNotFoundError(
+            f"{path} is a checkpoint, and the cache {cache_directory()} has no bundle of it. "
+            f"Make it, where torch is installed, with: {command}"
+        )
+    bundle = Bundle.load(place)
+    if bundle.manifest is not None and dict(bundle.manifest.source.files) != weight_files(path):
+        raise BundleCorruptError(
+            f"The weights in {path} changed after the bundle {place} was made from them. Make it "
+            f"again with: {command} --overwrite"
+        )
+    return bundle
+
+
+def cached_bundles() -> Iterator[tuple[Path, Bundle | BundleCorruptError | BundleUnsupportedError]]:
+    """Every entry of the cache directory, sorted, with its bundle or what is wrong with it."""
+    root = cache_directory()
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        try:
+            yield path, Bundle.load(path)
+        except (BundleCorruptError, BundleUnsupportedError) as error:
+            yield path, error
+        except BundleNotFoundError:
+            continue
+
+
+def _plain_graph(directory: Path) -> Path | None:
+    return next((directory / name for name in PLAIN_GRAPHS if (directory / name).is_file()), None)
+
+
+def _nothing_here(path: Path) -> str:
+    files = sorted(entry.name for entry in path.iterdir())[:8]
+    found = ", ".join(files) if files else "nothing"
+    return (
+        f"{path} holds no bundle (found: {found}). A bundle has {MANIFEST_FILE}, or {CONFIG_FILE}, "
+        f"{PROCESSOR_FILE} and onnx/model.onnx: make one with `vistower export`."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleCorruptError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(data, Mapping):
+        raise BundleCorruptError(f"{path} holds {type(data).__name__}, not a JSON object.")
+    return dict(data)

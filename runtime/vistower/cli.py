@@ -1,0 +1,360 @@
+"""The command line: ``vistower export | checkpoint | embed | verify | models | doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vistower.bundle import Bundle, cache_directory, cache_path, cached_bundles, find_bundle
+from vistower.collect import collect
+from vistower.doctor import diagnose
+from vistower.encoder import VisionEncoder
+from vistower.errors import (
+    BundleCorruptError,
+    EmptyInputError,
+    GoldenMismatchError,
+    ImageError,
+    MissingExtraError,
+    VistowerError,
+)
+from vistower.golden import replay
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Image embeddings from CLIP and DINOv3 vision towers on ONNX Runtime, without torch.",
+)
+out = Console(soft_wrap=True, highlight=False, markup=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+Bundled = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="A bundle's directory, or a model in the cache.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def _need_exporter() -> None:
+    missing = [
+        name
+        for name in ("torch", "torchvision", "transformers", "onnx_ir")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise MissingExtraError(
+            f"Exporting needs {', '.join(missing)}: pip install 'vistower[export]'. Running a "
+            f"bundle needs none of them."
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or checkpoint directory.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The bundle's directory; default: the cache.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Hub token for gated models; else HF_TOKEN.")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Downloads only from cache.")] = False,
+    processor_backend: Annotated[
+        str | None, typer.Option(help="torchvision (default) or pil (CLIP only).")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a checkpoint to a bundle, compared with torch picture by picture.
+
+    Example: vistower export openai/clip-vit-base-patch32 --output artifacts/clip-b32
+    """
+    _need_exporter()
+    from vistower_export.source import resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(
+        model, revision=revision, token=token, cache_dir=cache_dir, offline=offline
+    )
+    if checkpoint.random_weight:
+        out.print(f"{checkpoint.name}: random-weight checkpoint, its embeddings mean nothing")
+    from vistower_export.steps import export_bundle
+
+    place = output or cache_path(checkpoint.source, revision)
+    bundle = export_bundle(
+        checkpoint,
+        place,
+        backend=processor_backend,
+        overwrite=overwrite,
+        on_step=lambda title: err.print(f"  {title}"),
+    )
+    _print_certificate(bundle)
+
+
+def _print_certificate(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    if manifest is None:
+        return
+    table = Table("graph", "nodes", "max abs", "max rel", "cosine", title=bundle.name)
+    for kind, graph in manifest.graphs.items():
+        parity = graph.parity
+        table.add_row(
+            kind,
+            str(graph.nodes),
+            f"{parity.max_abs:.1e}",
+            f"{parity.max_rel:.1e}",
+            f"{parity.cosine:.7f}",
+        )
+    out.print(table)
+    out.print(
+        f"pixels: max abs {manifest.preprocessing.max_abs:.1e} against "
+        f"{manifest.preprocessing.processor} ({manifest.preprocessing.backend}); weights "
+        f"{_megabytes(manifest.weight_bytes)}, peak memory "
+        f"{_megabytes(manifest.export_peak_bytes)}"
+    )
+    out.print(f"{bundle.directory}")
+
+
+@app.command()
+def checkpoint(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="E.g. dinov3-vits16.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a random-weight checkpoint of a real architecture, to try things without a hub.
+
+    Example: vistower checkpoint clip-vit-base-patch32 checkpoints/clip-vit-base-patch32 --seed 0
+    """
+    _need_exporter()
+    from vistower_export.checkpoint import write_random_checkpoint
+
+    written = write_random_checkpoint(name, directory, seed=seed, overwrite=overwrite)
+    out.print(f"random-weight checkpoint (seed {seed}): {written}")
+
+
+@app.command()
+def embed(
+    bundle: Bundled,
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Picture files, folders, globs.")
+    ],
+    output: Annotated[Path, typer.Option(help="A .npz or .npy file.")],
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    patches: Annotated[
+        bool, typer.Option("--patches", help="Patch tokens too (.npz only).")
+    ] = False,
+    skip_errors: Annotated[
+        bool, typer.Option("--skip-errors", help="Leave unreadable pictures out.")
+    ] = False,
+) -> None:
+    """Embed pictures without torch.
+
+    A .npz holds names, cls (B, D) and, with --patches, patches (B, N, D). A .npy holds cls alone,
+    its names line by line in a .names.txt beside it.
+
+    Example: vistower embed artifacts/clip-b32 photos/ 'more/*.jpg' --output embeddings.npz
+    """
+    if output.suffix not in (".npz", ".npy"):
+        raise typer.BadParameter(f"{output} ends in neither .npz nor .npy")
+    if patches and output.suffix == ".npy":
+        raise typer.BadParameter("--patches needs a .npz")
+    files = collect(inputs)
+    encoder = VisionEncoder.open(bundle, device=device)
+    names: list[str] = []
+    cls: list[np.ndarray[Any, Any]] = []
+    patch: list[np.ndarray[Any, Any]] = []
+    starts = range(0, len(files), batch_size)
+    for start in track(starts, "embedding", console=err, disable=not err.is_terminal):
+        chunk = files[start : start + batch_size]
+        pixel_values, read = _readable(encoder, chunk, skip_errors)
+        if not read:
+            continue
+        state = encoder.forward(pixel_values)
+        names += [str(file) for file in read]
+        cls.append(encoder.layout.cls(state).copy())
+        if patches:
+            patch.append(encoder.layout.patches(state))
+    if not names:
+        raise EmptyInputError("None of the pictures could be read; nothing was written.")
+    arrays = {"names": np.array(names), "cls": np.concatenate(cls)}
+    if patches:
+        arrays["patches"] = np.concatenate(patch)
+    _write(output, arrays)
+    manifest = encoder.bundle.manifest
+    label = " (random-weight)" if manifest and manifest.source.random_weight else ""
+    out.print(
+        f"{len(names)} pictures, {encoder.layout.hidden_size} numbers each, by "
+        f"{encoder.bundle.name}{label} on {encoder.device}: {output}"
+    )
+
+
+def _readable(
+    encoder: VisionEncoder, files: Sequence[Path], skip_errors: bool
+) -> tuple[np.ndarray[Any, Any], list[Path]]:
+    if not skip_errors:
+        return encoder.preprocess(files), list(files)
+    rows, read = [], []
+    for file in files:
+        try:
+            rows.append(encoder.preprocess(file))
+        except ImageError as error:
+            err.print(f"skipped: {error}")
+        else:
+            read.append(file)
+    return (np.concatenate(rows) if rows else np.empty(0)), read
+
+
+def _write(output: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write beside the output and rename, so that a reader never sees half a file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if output.suffix == ".npy":
+                np.save(file, arrays["cls"])
+            else:
+                np.savez(file, allow_pickle=False, **arrays)
+        Path(name).chmod(0o644)
+        Path(name).replace(output)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    if output.suffix == ".npy":
+        text = "".join(f"{name}\n" for name in arrays["names"])
+        output.with_suffix(".names.txt").write_text(text, encoding="utf-8")
+
+
+@app.command()
+def verify(bundle: Bundled, device: Device = "cpu") -> None:
+    """Check a bundle's files and replay the golden vectors it was exported with.
+
+    Ends with exit code 1 at the first difference, which it names.
+
+    Example: vistower verify artifacts/clip-b32
+    """
+    found = find_bundle(bundle)
+    count = 0
+    for comparison in replay(found, device=device):
+        count += 1
+        out.print(
+            f"ok  {comparison.what}: {comparison.difference:.1e} (allowed {comparison.allowed:.0e})"
+        )
+    out.print(f"{found.name}: {count} comparisons hold")
+
+
+@app.command()
+def models() -> None:
+    """List the bundles in the cache.
+
+    Example: VISTOWER_CACHE=/models vistower models
+    """
+    rows = 0
+    for path, found in cached_bundles():
+        rows += 1
+        if not isinstance(found, Bundle):
+            out.print(f"{path.name}\n  broken: {found}")
+            continue
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        manifest = found.manifest
+        if manifest is None:
+            out.print(f"{path.name}\n  {found.name}, {_megabytes(size)}, portable graph")
+            continue
+        revision = f"@{manifest.source.revision[:12]}" if manifest.source.revision else ""
+        label = ", random-weight" if manifest.source.random_weight else ""
+        graphs = ", ".join(manifest.graphs)
+        out.print(
+            f"{path.name}\n  {manifest.source.model}{revision}: {manifest.model_type}, "
+            f"{_megabytes(size)}, graphs {graphs}{label}"
+        )
+    if not rows:
+        out.print(f"The cache {cache_directory()} has no bundle. Make one with `vistower export`.")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say what is installed, which execution providers there are, and what auto picks.
+
+    Ends with exit code 1 where no encoder can run.
+
+    Example: vistower doctor --json
+    """
+    diagnosis = diagnose()
+    if as_json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(diagnosis), indent=2) + "\n")
+    else:
+        for name, version in diagnosis.libraries.items():
+            out.print(f"{name:14} {version or 'not installed'}")
+        wheels = ", ".join(f"{k} {v}" for k, v in diagnosis.onnxruntime_wheels.items())
+        out.print(f"{'onnxruntime':14} {wheels or 'not installed'}")
+        out.print(f"{'providers':14} {', '.join(diagnosis.providers) or 'none'}")
+        out.print(f"{'python':14} {diagnosis.python} on {diagnosis.platform}")
+        flags = " ".join(diagnosis.cpu_flags) or "none of interest"
+        out.print(f"{'cpus':14} {diagnosis.cpus} usable; flags: {flags}")
+        out.print(f"{'cache':14} {diagnosis.cache_directory}")
+        out.print(f"{'device auto':14} {diagnosis.device}: {diagnosis.device_reason}")
+    if diagnosis.problem is not None:
+        raise typer.Exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(version("vistower"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence and exit code 2, no traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(arguments)
+    except VistowerError as error:
+        if "--debug" in arguments:
+            raise
+        err.print(f"error: {error}")
+        found_bad = isinstance(error, GoldenMismatchError | BundleCorruptError)
+        sys.exit(1 if found_bad and "verify" in arguments[:2] else 2)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        err.print(
+            f"error: {type(error).__name__}: {error}. This is a bug or a broken machine: run "
+            f"again with `vistower --debug ...` for the traceback.",
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

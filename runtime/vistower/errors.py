@@ -1,0 +1,135 @@
+"""Every exception vistower raises on purpose.
+
+::
+
+    VistowerError
+    ├── ImageError (ValueError)              a picture cannot be used
+    │   ├── ImageDecodeError                 its bytes are not a readable picture
+    │   └── ImageFormatError                 its type, shape, dtype or mode is not accepted
+    ├── EmptyInputError (ValueError)         an empty batch, folder or glob
+    ├── ProcessorConfigError (ValueError)    an option that is not reproduced
+    ├── BundleError                          a bundle on disk cannot be used
+    │   ├── BundleNotFoundError (FileNotFoundError)
+    │   ├── BundleCorruptError               half-written, edited, or a file is missing
+    │   ├── BundleUnsupportedError           an unknown format version or architecture
+    │   └── GoldenMismatchError              replaying its golden vectors gave other numbers
+    ├── MaskError (IndexError)               a patch mask of the wrong length or dtype
+    ├── MissingModelPathError (TypeError)    DINOv3Mixin without model_path
+    ├── DeviceError (RuntimeError)           the device asked for cannot be had
+    ├── InferenceError (RuntimeError)        ONNX Runtime failed, or use after fork
+    ├── OutputTypeError (RuntimeError)       VISTOWER_OUTPUT asks for what cannot be given
+    ├── MissingExtraError (ImportError)      an optional dependency is not installed
+    └── ExportError                          no bundle was written
+        ├── CheckpointNotFoundError (FileNotFoundError)
+        ├── CheckpointAccessError (PermissionError)   gated, private, or a refused token
+        ├── HubUnreachableError (ConnectionError)     offline, cut off, or the server failed
+        ├── CheckpointError (ValueError)              damaged or incomplete checkpoint
+        ├── UnsupportedArchitectureError (ValueError)
+        ├── ParityError                      a graph disagrees with torch
+        └── OutputExistsError (FileExistsError)
+
+Each message says what was asked, what was found, and what to do. Where another exception was
+the cause, it is chained (``__cause__``).
+"""
+
+from __future__ import annotations
+
+
+class VistowerError(Exception):
+    """Base of every exception vistower raises on purpose."""
+
+
+class ImageError(VistowerError, ValueError):
+    """A picture cannot be used."""
+
+
+class ImageDecodeError(ImageError):
+    """The bytes of a picture cannot be decoded."""
+
+
+class ImageFormatError(ImageError):
+    """A picture's type, shape, dtype or mode is not one the processor accepts."""
+
+
+class EmptyInputError(VistowerError, ValueError):
+    """There is nothing to embed: an empty batch, folder or glob."""
+
+
+class ProcessorConfigError(VistowerError, ValueError):
+    """``preprocessor_config.json`` asks for something vistower does not reproduce exactly."""
+
+
+class BundleError(VistowerError):
+    """A bundle on disk cannot be used."""
+
+
+class BundleNotFoundError(BundleError, FileNotFoundError):
+    """No bundle where one was looked for."""
+
+
+class BundleCorruptError(BundleError):
+    """A bundle is half-written, was edited, or misses a file."""
+
+
+class BundleUnsupportedError(BundleError):
+    """A bundle's format version or architecture is not known to this version of vistower."""
+
+
+class GoldenMismatchError(BundleError):
+    """Replaying a bundle's golden vectors gave other numbers than it was certified with."""
+
+
+class MaskError(VistowerError, IndexError):
+    """A patch mask has the wrong length or is not boolean."""
+
+
+class MissingModelPathError(VistowerError, TypeError):
+    """A mixin that has no default model was constructed without ``model_path``."""
+
+
+class DeviceError(VistowerError, RuntimeError):
+    """The device asked for cannot be had; nothing falls back to another one."""
+
+
+class InferenceError(VistowerError, RuntimeError):
+    """ONNX Runtime could not run the graph."""
+
+
+class OutputTypeError(VistowerError, RuntimeError):
+    """``VISTOWER_OUTPUT`` asks for an array type that cannot be given."""
+
+
+class MissingExtraError(VistowerError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class ExportError(VistowerError):
+    """A checkpoint could not be exported; no bundle was written."""
+
+
+class CheckpointNotFoundError(ExportError, FileNotFoundError):
+    """No checkpoint under the given directory, hub id or revision."""
+
+
+class CheckpointAccessError(ExportError, PermissionError):
+    """The hub refuses the checkpoint: gated, private, or a bad token."""
+
+
+class HubUnreachableError(ExportError, ConnectionError):
+    """The hub cannot be reached, cut the connection, or answered with a server error."""
+
+
+class CheckpointError(ExportError, ValueError):
+    """A checkpoint is damaged or incomplete."""
+
+
+class UnsupportedArchitectureError(ExportError, ValueError):
+    """A checkpoint's model type is not one of the exporter's towers."""
+
+
+class ParityError(ExportError):
+    """An exported graph disagrees with torch + transformers by more than its tolerance."""
+
+
+class OutputExistsError(ExportError, FileExistsError):
+    """The output directory already holds something."""

@@ -1,0 +1,90 @@
+"""Replays the golden vectors of a bundle: the numbers torch + transformers gave when it was made.
+
+A bundle keeps, under ``golden/``, small pictures as PNG and in one ``.npz`` per picture
+``NAME/pixel_values`` (1, 3, H, W) and ``NAME/last_hidden_state`` (1, T, D), float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vistower.bundle import Bundle
+from vistower.encoder import VisionEncoder
+from vistower.errors import BundleUnsupportedError, GoldenMismatchError
+from vistower.session import DeviceLike
+
+GOLDEN_DIRECTORY = "golden"
+GOLDEN_ARRAYS = "golden.npz"
+
+PIXEL_TOLERANCE = 1e-4
+"""Largest difference of normalized pixels."""
+
+TOKEN_TOLERANCE = 1e-4
+"""Largest difference of a token's values over the token's L2 norm, for fp32 graphs."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One comparison that held: what was compared, its largest difference, what was allowed."""
+
+    what: str
+    difference: float
+    allowed: float
+
+
+def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
+    """Check every file's SHA-256, then pixels and tokens of every golden picture and graph.
+
+    Yields each comparison as it is made.
+
+    Raises:
+        BundleUnsupportedError: the bundle was not written by vistower, so has no golden vectors.
+        BundleCorruptError: a file is missing or was edited.
+        GoldenMismatchError: the first difference above its tolerance, named.
+    """
+    manifest = bundle.manifest
+    if manifest is None:
+        raise BundleUnsupportedError(
+            f"{bundle.directory} was not written by `vistower export`, so there are no golden "
+            f"vectors to replay."
+        )
+    bundle.check()
+    directory = bundle.directory / GOLDEN_DIRECTORY
+    with np.load(directory / GOLDEN_ARRAYS, allow_pickle=False) as arrays:
+        golden = dict(arrays)
+    names = sorted({key.split("/")[0] for key in golden})
+    for name in names:
+        have = bundle.preprocessor(directory / f"{name}.png")
+        want = golden[f"{name}/pixel_values"][0]
+        yield _compared(f"pixel_values of {name}", have, want, np.ones(len(want)), PIXEL_TOLERANCE)
+    for kind in manifest.graphs:
+        encoder = VisionEncoder.open(bundle.directory, device=device, graph=kind)
+        for name in names:
+            have = encoder.forward(encoder.preprocess(directory / f"{name}.png"))[0]
+            want = golden[f"{name}/last_hidden_state"][0]
+            norm = np.linalg.norm(want, axis=-1)
+            yield _compared(f"{kind} graph, tokens of {name}", have, want, norm, TOKEN_TOLERANCE)
+
+
+def _compared(
+    what: str,
+    have: npt.NDArray[np.float32],
+    want: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32] | npt.NDArray[np.float64],
+    allowed: float,
+) -> Replay:
+    """Compare two arrays of one shape; ``scale`` divides the differences along axis 0."""
+    difference = np.abs(have - want) / scale.reshape(-1, *[1] * (want.ndim - 1))
+    worst = float(difference.max())
+    if worst <= allowed:
+        return Replay(what, worst, allowed)
+    first = tuple(int(i) for i in np.argwhere(~(difference <= allowed))[0])
+    raise GoldenMismatchError(
+        f"{what}: the first difference is at {first}, {have[first]:.6g} instead of "
+        f"{want[first]:.6g} (largest difference {worst:.3g}, allowed {allowed:.3g}). This machine "
+        f"computes other numbers than the one that exported the bundle, or the bundle was edited."
+    )

@@ -1,0 +1,325 @@
+"""One Hugging Face image processor, reproduced in NumPy from its ``preprocessor_config.json``.
+
+Every option that changes pixels is honoured or refused by name. Three references are known:
+CLIP's torchvision backend (uint8 resize by torchvision), CLIP's PIL backend (uint8 resize by
+Pillow), and DINOv3 (rescaled to float first, then a float resize).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vistower.errors import ImageFormatError, ProcessorConfigError
+from vistower.images import ImageInput, checked_array, open_image
+from vistower.resize import Filter, resize
+
+Backend = Literal["torchvision", "pil"]
+Transparency = Literal["white", "dropped"]
+Array = npt.NDArray[np.float32]
+
+RESAMPLE: Mapping[int, Filter] = {2: "bilinear", 3: "bicubic"}
+"""``resample`` of a config (PIL's numbers) → the filter."""
+
+_PILLOW_FILTERS: Mapping[Filter, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+_CLIP_NAMES = frozenset(
+    {
+        "CLIPImageProcessor",
+        "CLIPImageProcessorFast",
+        "CLIPFeatureExtractor",
+        "CLIPImageProcessorPil",
+    }
+)
+_DINOV3_NAMES = frozenset({"DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast"})
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "clip": {
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "resample": 3,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "dinov3": {
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "do_convert_rgb": False,
+        "resample": 2,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    },
+}
+"""What the Hugging Face classes assume where a config is silent or says null."""
+
+_REFUSED_IF_SET = ("do_pad", "pad_size", "size_divisor", "use_square_size", "do_flip_channel_order")
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """An image processor: a picture → ``pixel_values``. Thread-safe and picklable.
+
+    ``size`` is (height, width), or one number for the shortest edge, in pixels. ``transparency``
+    says what becomes of an alpha channel before the RGB conversion: blended onto white
+    (transformers 5) or dropped (4.57). ``rescale_first`` is DINOv3's order.
+    """
+
+    processor: str
+    backend: Backend
+    size: int | tuple[int, int]
+    resample: Filter
+    crop: tuple[int, int] | None
+    convert_rgb: bool
+    transparency: Transparency
+    rescale_first: bool
+    rescale_factor: float
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        backend: str | None = None,
+        transparency: Transparency = "white",
+    ) -> Preprocessor:
+        """Read a parsed ``preprocessor_config.json``.
+
+        Args:
+            config: as transformers 4.57 or 5 saves it.
+            backend: ``torchvision`` or ``pil``. None takes what transformers 5 would take:
+                torchvision. (A plain ``CLIPImageProcessor`` of transformers 4 was the PIL one;
+                the file does not tell them apart, a bundle's manifest does.)
+            transparency: see the class.
+
+        Raises:
+            ProcessorConfigError: naming the option that is not reproduced.
+        """
+        name = config.get("image_processor_type") or config.get("feature_extractor_type")
+        if name in _CLIP_NAMES:
+            family = "clip"
+        elif name in _DINOV3_NAMES:
+            family = "dinov3"
+        else:
+            raise ProcessorConfigError(
+                f"image_processor_type={name!r} is not known. Known: "
+                f"{', '.join(sorted(_CLIP_NAMES | _DINOV3_NAMES))}."
+            )
+        if backend not in (None, "torchvision", "pil") or (backend == "pil" and family != "clip"):
+            raise ProcessorConfigError(f"{name} has no backend {backend!r}.")
+        for key in _REFUSED_IF_SET:
+            if config.get(key):
+                raise ProcessorConfigError(f"{key}={config[key]!r} is not reproduced.")
+        for key in ("do_resize", "do_rescale"):
+            if config.get(key) is False:
+                raise ProcessorConfigError(f"{key}=false is not reproduced: remove it.")
+
+        def option(key: str) -> Any:
+            value = config.get(key)
+            return _DEFAULTS[family].get(key) if value is None else value
+
+        resample = RESAMPLE.get(option("resample"))
+        if resample is None:
+            raise ProcessorConfigError(
+                f"resample={option('resample')!r} is not reproduced; 2 (bilinear) and 3 (bicubic) "
+                f"are."
+            )
+        size = _size(option("size"), default_to_square=family != "clip")
+        crop = _pair(option("crop_size"), "crop_size") if option("do_center_crop") else None
+        smallest = (size, size) if isinstance(size, int) else size
+        if crop is not None and (crop[0] > smallest[0] or crop[1] > smallest[1]):
+            raise ProcessorConfigError(
+                f"crop_size={crop} is larger than size={size}: padding is not reproduced."
+            )
+        normalize = config.get("do_normalize") is not False
+        return cls(
+            processor=str(name),
+            backend="pil" if backend == "pil" else "torchvision",
+            size=size,
+            resample=resample,
+            crop=crop,
+            convert_rgb=bool(option("do_convert_rgb")),
+            transparency=transparency,
+            rescale_first=family == "dinov3",
+            rescale_factor=float(config.get("rescale_factor") or 1 / 255),
+            mean=_triple(option("image_mean"), "image_mean") if normalize else None,
+            std=_triple(option("image_std"), "image_std") if normalize else None,
+        )
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of ``pixel_values``.
+
+        Raises:
+            ProcessorConfigError: it depends on the picture.
+        """
+        if self.crop is not None:
+            return self.crop
+        if isinstance(self.size, int):
+            raise ProcessorConfigError(
+                f"size={{'shortest_edge': {self.size}}} without a centre crop gives every picture "
+                f"another size, and a graph has one: set do_center_crop or a height and a width."
+            )
+        return self.size
+
+    def __call__(self, image: ImageInput, out: Array | None = None) -> Array:
+        """One picture → ``pixel_values`` (3, H, W) float32, written to ``out`` if given.
+
+        Args:
+            image: a PIL image of any mode the processor takes (its EXIF orientation is not
+                applied: the processor does not either), an array H x W x 3 of uint8, or a path
+                (opened with `vistower.images.open_image`).
+            out: (3, H, W) float32.
+
+        Raises:
+            ImageDecodeError, ImageFormatError: the picture cannot be used.
+        """
+        pixels = self._pixels(image)
+        size = self._resized(pixels.shape[0], pixels.shape[1])
+        height, width = self.output_size
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        window = (top, left, top + height, left + width)
+        if out is None:
+            out = np.empty((3, height, width), dtype=np.float32)
+        if self.rescale_first:
+            scaled = resize(pixels, size, window, self.resample, "float")
+            self._finish_float(scaled, out)
+            return out
+        levels = self._levels(pixels, size, window)
+        table = self._table
+        for channel in range(3):
+            plane = levels[channel if len(levels) == 3 else 0]
+            np.take(table[channel], plane.astype(np.intp), out=out[channel])
+        return out
+
+    def _pixels(self, image: ImageInput) -> npt.NDArray[Any]:
+        """The picture as (H, W, C): uint8, or float32 already rescaled (DINOv3)."""
+        if isinstance(image, (str, os.PathLike)):
+            image = open_image(image)
+        if isinstance(image, Image.Image):
+            array = np.asarray(self._to_rgb(image) if self.convert_rgb else image)
+            if array.ndim == 2:
+                array = array[:, :, None]
+            if array.shape[2] not in (1, 3) or (array.dtype != np.uint8 and not self.rescale_first):
+                raise ImageFormatError(
+                    f"{self.processor} takes no picture of mode {image.mode} (its config does not "
+                    f"convert to RGB). Pass image.convert('RGB')."
+                )
+            if not array.size:
+                raise ImageFormatError(f"A picture of {image.width} x {image.height} is empty.")
+        elif isinstance(image, np.ndarray):
+            array = checked_array(image)
+        else:
+            raise ImageFormatError(
+                f"{type(image).__name__} is no picture. Pass a PIL image, an array H x W x 3 of "
+                f"uint8, or a path."
+            )
+        if self.rescale_first:
+            return array.astype(np.float32) * np.float32(self.rescale_factor)
+        return array
+
+    def _levels(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        size: tuple[int, int],
+        window: tuple[int, int, int, int],
+    ) -> npt.NDArray[Any]:
+        """The window of the resized picture, (C, H, W), levels 0..255."""
+        if self.backend == "torchvision":
+            return resize(pixels, size, window, self.resample, "torchvision")
+        # Pillow itself: which axis it resamples first has changed between its releases.
+        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+        resized = image.resize((size[1], size[0]), _PILLOW_FILTERS[self.resample])
+        top, left, bottom, right = window
+        array = np.asarray(resized.crop((left, top, right, bottom)))
+        return np.atleast_3d(array).transpose(2, 0, 1)
+
+    def _to_rgb(self, image: Image.Image) -> Image.Image:
+        has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
+        if has_alpha and self.transparency == "white":
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Size after the resize; the long side is cut to an integer, as the processor does."""
+        if not isinstance(self.size, int):
+            return self.size
+        if height <= width:
+            return self.size, int(self.size * width / height)
+        return int(self.size * height / width), self.size
+
+    def _finish_float(self, scaled: npt.NDArray[Any], out: Array) -> None:
+        """Normalize float pixels; one channel serves all three, as broadcasting does in torch."""
+        if self.mean is None or self.std is None:
+            out[:] = scaled
+            return
+        np.subtract(scaled, np.asarray(self.mean, np.float32)[:, None, None], out=out)
+        out /= np.asarray(self.std, np.float32)[:, None, None]
+
+    @cached_property
+    def _table(self) -> Array:
+        """(3, 256): the value of each level of each channel, in the backend's own arithmetic.
+
+        torchvision divides by std/factor after subtracting mean/factor, in float32; the PIL
+        backend multiplies in float64 and normalizes in float32.
+        """
+        levels = np.arange(256, dtype=np.float64)
+        if self.mean is None or self.std is None:
+            scaled = (levels * self.rescale_factor).astype(np.float32)
+            return np.broadcast_to(scaled, (3, 256)).copy()
+        mean = np.asarray(self.mean, np.float32)[:, None]
+        std = np.asarray(self.std, np.float32)[:, None]
+        if self.backend == "pil":
+            scaled = (levels * self.rescale_factor).astype(np.float32)
+            return ((scaled - mean) / std).astype(np.float32)
+        inverse = np.float32(1.0 / self.rescale_factor)
+        table: Array = (levels.astype(np.float32) - mean * inverse) / (std * inverse)
+        return table
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, Mapping) and value.get("height") and value.get("width"):
+        return int(value["height"]), int(value["width"])
+    raise ProcessorConfigError(f"{name}={value!r} is not reproduced; height and width are.")
+
+
+def _size(value: Any, *, default_to_square: bool) -> int | tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value) if default_to_square else value
+    if isinstance(value, Mapping):
+        given = {key: number for key, number in value.items() if number}
+        if given.keys() == {"shortest_edge"}:
+            return int(given["shortest_edge"])
+        if given.keys() == {"height", "width"}:
+            return int(given["height"]), int(given["width"])
+    raise ProcessorConfigError(
+        f"size={value!r} is not reproduced; shortest_edge alone, or height and width, are."
+    )
+
+
+def _triple(value: Any, name: str) -> tuple[float, float, float]:
+    if (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in value)
+    ):
+        return float(value[0]), float(value[1]), float(value[2])
+    raise ProcessorConfigError(f"{name}={value!r} is not reproduced; three numbers are.")

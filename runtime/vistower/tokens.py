@@ -1,0 +1,51 @@
+"""Where CLS, register and patch tokens lie in ``last_hidden_state``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The order of tokens along axis 1: CLS, then registers, then patches row by row.
+
+    ``image_size`` is (height, width) in pixels, ``patch_size`` in pixels.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: int
+    num_register_tokens: int
+    hidden_size: int
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS and registers: the tokens before the first patch."""
+        return 1 + self.num_register_tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch rows and columns."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one picture, N."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the token axis, T."""
+        return self.num_prefix_tokens + self.num_patches
+
+    def cls(self, last_hidden_state: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The CLS token: a view (B, D) of (B, T, D)."""
+        return last_hidden_state[:, 0]
+
+    def patches(self, last_hidden_state: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The patch tokens: a view (B, N, D) of (B, T, D), row-major from the top left."""
+        return last_hidden_state[:, self.num_prefix_tokens :]
