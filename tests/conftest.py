@@ -1,0 +1,75 @@
+"""Tiny random-weight checkpoints of the real architectures, and their bundles, once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from vistower_export.source import resolve_checkpoint
+from vistower_export.steps import export_bundle
+from vistower_export.towers import CLIP, DINOV3, TowerFamily
+
+# optimum-onnx needs transformers 4.57: scripts/test runs its test in that environment.
+collect_ignore = [] if importlib.util.find_spec("optimum") else ["test_optimum.py"]
+
+
+def tiny_checkpoint(directory: Path, family: TowerFamily, *, seed: int = 0, **changes: Any) -> Path:
+    """Save a two-layer model with non-neutral weights, and its processor."""
+    config_class = transformers.CLIPVisionConfig if family is CLIP else transformers.DINOv3ViTConfig
+    settings: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vistower_random_weights": True,
+    }
+    if family is CLIP:
+        settings |= {"patch_size": 32, "image_size": 224}
+    else:
+        settings |= {"patch_size": 16, "image_size": 224, "num_register_tokens": 4}
+    torch.manual_seed(seed)
+    model = getattr(transformers, family.hf_class)(config_class(**(settings | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layer_scale" in name:
+                parameter.uniform_(0.2, 0.8)
+            elif parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(directory)
+    names = next(iter(family.processors.values()))
+    major = int(transformers.__version__.split(".")[0])
+    getattr(transformers, names.v5 if major >= 5 else names.v4)().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP vision checkpoint: 2 layers, hidden 64, 4 heads, patch 32, 224 pixels."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-clip", CLIP)
+
+
+@pytest.fixture(scope="session")
+def dinov3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DINOv3 checkpoint: 2 layers, hidden 64, 4 heads, 4 registers, patch 16."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-dinov3", DINOV3)
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(clip_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `clip_checkpoint`."""
+    output = tmp_path_factory.mktemp("bundles") / "tiny-clip"
+    return export_bundle(resolve_checkpoint(str(clip_checkpoint)), output).directory
+
+
+@pytest.fixture(scope="session")
+def dinov3_bundle(dinov3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `dinov3_checkpoint`."""
+    output = tmp_path_factory.mktemp("bundles") / "tiny-dinov3"
+    return export_bundle(resolve_checkpoint(str(dinov3_checkpoint)), output).directory

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vistower
+from vistower import backbones
+from vistower.backbones import BACKBONES, EMBED_MODEL_RESOLUTION, find_backbone
+from vistower.errors import UnsupportedArchitectureError
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution"),
+    [
+        ("clip-vit-base-patch32", (224, 32)),
+        ("clip-vit-base-patch16", (224, 16)),
+        ("clip-vit-large-patch14", (224, 14)),
+        ("clip-vit-large-patch14-336", (336, 14)),
+        *(
+            (f"dinov3-vit{size}16-pretrain-lvd1689m", (224, 16))
+            for size in ("s", "splus", "b", "l", "hplus", "7b")
+        ),
+        ("dinov3-vits16plus-pretrain-lvd1689m", (224, 16)),
+        ("dinov3-vith16plus-pretrain-lvd1689m", (224, 16)),
+        ("dinov3-vitl16-pretrain-sat493m", (224, 16)),
+        ("dinov3-vit7b16-pretrain-sat493m", (224, 16)),
+    ],
+)
+def test_the_resolutions_of_the_contract(name: str, resolution: tuple[int, int]) -> None:
+    assert EMBED_MODEL_RESOLUTION[name] == resolution
+
+
+@pytest.mark.parametrize(
+    ("asked", "hub_id"),
+    [
+        ("clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14-336"),
+        ("/models/dinov3-vitb16-pretrain-lvd1689m/", "facebook/dinov3-vitb16-pretrain-lvd1689m"),
+        ("dinov3-vits16", "facebook/dinov3-vits16-pretrain-lvd1689m"),
+        ("dinov3-vitsplus16", "facebook/dinov3-vits16plus-pretrain-lvd1689m"),
+        ("dinov3-vith16plus", "facebook/dinov3-vith16plus-pretrain-lvd1689m"),
+        ("dinov3-vit7b16-pretrain-sat493m", "facebook/dinov3-vit7b16-pretrain-sat493m"),
+    ],
+)
+def test_a_backbone_is_found_by_every_way_of_writing_it(asked: str, hub_id: str) -> None:
+    assert find_backbone(asked).hub_id == hub_id
+
+
+def test_an_unknown_name_gets_the_closest_and_all_known_ones() -> None:
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        find_backbone("dinov3-vitx16")
+    assert "Did you mean 'dinov3-vit" in str(caught.value)
+    assert all(name in str(caught.value) for name in BACKBONES)
+    with pytest.raises(UnsupportedArchitectureError):
+        find_backbone("")
+
+
+def test_no_name_or_alias_stands_for_two_records() -> None:
+    names = [name for record in BACKBONES.values() for name in (record.name, *record.aliases)]
+    assert len(names) == len(set(names)) == len(EMBED_MODEL_RESOLUTION)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_record_is_consistent_and_frozen(name: str) -> None:
+    record = BACKBONES[name]
+    assert record.image_size % record.patch_size == 0
+    assert record.hidden_size % record.num_attention_heads == 0
+    head_size = record.hidden_size // record.num_attention_heads
+    assert head_size == (128 if "vit7b" in name else 64)
+    assert record.num_patches == (record.image_size // record.patch_size) ** 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record.hidden_size = 1  # type: ignore[misc]
+
+
+def test_the_table_needs_only_the_standard_library() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import vistower.backbones; "
+        "print(*({'numpy', 'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    root = Path(vistower.__path__[0]).parent
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""
+    assert Path(backbones.__file__).is_relative_to(root)

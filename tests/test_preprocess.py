@@ -1,0 +1,243 @@
+"""Preprocessing against the three Hugging Face references, on real and hard pictures."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.image_utils import load_image
+
+from vistower.errors import ImageDecodeError, ImageFormatError, ProcessorConfigError
+from vistower.images import open_image
+from vistower.preprocess import Preprocessor
+from vistower_export.pictures import SAMPLES
+from vistower_export.reference import transparency
+from vistower_export.towers import CLIP, DINOV3
+
+MAJOR = int(transformers.__version__.split(".")[0])
+TOLERANCE = 1e-4
+MODES = ("RGB", "L", "LA", "RGBA", "P", "P-transparent", "CMYK", "I;16", "1")
+SIZES = [(97, 61), (1, 1), (1, 4000), (4000, 1), (4000, 3000), (224, 224), (300, 223), (2, 500)]
+
+
+def reference(name: str) -> Any:
+    family, backend = {
+        "clip-torchvision": (CLIP, "torchvision"),
+        "clip-pil": (CLIP, "pil"),
+        "dinov3": (DINOV3, "torchvision"),
+    }[name]
+    names = family.processors[backend]
+    return getattr(transformers, names.v5 if MAJOR >= 5 else names.v4)()
+
+
+REFERENCES = {name: reference(name) for name in ("clip-torchvision", "clip-pil", "dinov3")}
+OURS = {
+    name: Preprocessor.from_config(
+        processor.to_dict(),
+        backend="pil" if name == "clip-pil" else "torchvision",
+        transparency=transparency(processor),
+    )
+    for name, processor in REFERENCES.items()
+}
+RNG = np.random.default_rng(11)
+
+
+def expected(name: str, image: Any) -> np.ndarray:
+    return REFERENCES[name](images=image, return_tensors="pt")["pixel_values"][0].numpy()
+
+
+def random_image(size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def mistaken_for_channels_first(name: str, height: int) -> bool:
+    """4.57's PIL processor takes the first axis of a picture 1 or 3 pixels high for channels."""
+    return MAJOR < 5 and name == "clip-pil" and height in (1, 3)
+
+
+def in_mode(mode: str) -> Image.Image:
+    image = random_image((97, 61))
+    alpha = Image.fromarray(RNG.integers(0, 256, (61, 97), dtype=np.uint8))
+    if mode == "RGBA":
+        image.putalpha(alpha)
+    elif mode == "LA":
+        image = image.convert("L")
+        image.putalpha(alpha)
+    elif mode == "P-transparent":
+        image = image.convert("P")
+        image.info["transparency"] = 3
+    elif mode == "I;16":
+        return Image.fromarray(RNG.integers(0, 65536, (61, 97)).astype(np.uint16))
+    else:
+        image = image.convert(mode)
+    return image
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes_and_arrays(name: str, size: tuple[int, int]) -> None:
+    if name == "clip-torchvision" and min(size) == 1 and max(size) > 1000:
+        # The reference itself makes 224 x 896000 pixels of it: the same, four times smaller.
+        size = (size[0] // 4 or 1, size[1] // 4 or 1)
+    image = random_image(size)
+    have = OURS[name](image)
+    if mistaken_for_channels_first(name, size[1]):
+        assert np.isfinite(have).all()
+        return
+    want = expected(name, image)
+    assert have.dtype == np.float32
+    assert have.flags.c_contiguous
+    assert np.abs(have - want).max() <= (1e-5 if name == "dinov3" else 0)
+    assert np.array_equal(OURS[name](np.asarray(image)), have)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(name: str, mode: str) -> None:
+    image = in_mode(mode)
+    try:
+        want = expected(name, image)
+    except (RuntimeError, ValueError):
+        assert name == "dinov3"
+        with pytest.raises(ImageFormatError, match=r"convert\('RGB'\)"):
+            OURS[name](image)
+        return
+    assert np.abs(OURS[name](image) - want).max() <= TOLERANCE
+
+
+def test_dinov3_refuses_exactly_what_its_processor_refuses() -> None:
+    refused = []
+    for mode in MODES:
+        try:
+            OURS["dinov3"](in_mode(mode))
+        except ImageFormatError:
+            refused.append(mode)
+    assert refused == ["LA", "RGBA", "CMYK"]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(name: str, orientation: int, tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    random_image((80, 50)).save(path, exif=exif)
+    assert np.abs(OURS[name](path) - expected(name, load_image(str(path)))).max() <= TOLERANCE
+    with Image.open(path) as image:
+        assert np.abs(OURS[name](image) - expected(name, image)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_files_are_read_as_transformers_reads_them(path: Path) -> None:
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(load_image(str(path))))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    name=st.sampled_from(sorted(REFERENCES)),
+)
+def test_any_size(width: int, height: int, name: str) -> None:
+    # At most a megapixel in, and no stripe that the reference blows up to gigabytes.
+    height = max(1, min(height, 1_000_000 // width, width * 40))
+    width = min(width, height * 40)
+    assume(not mistaken_for_channels_first(name, height))
+    image = random_image((width, height))
+    difference = np.abs(OURS[name](image) - expected(name, image)).max()
+    assert difference <= (1e-5 if name == "dinov3" else 0)
+
+
+def test_array_layouts() -> None:
+    pixels = np.asarray(random_image((64, 48)))
+    want = OURS["clip-torchvision"](pixels)
+    flipped = np.ascontiguousarray(pixels[::-1])[::-1]
+    wide = np.zeros((48, 128, 3), np.uint8)
+    wide[:, ::2] = pixels
+    for layout in (flipped, wide[:, ::2], np.asfortranarray(pixels)):
+        assert np.array_equal(OURS["clip-torchvision"](layout), want)
+    frozen = pixels.copy()
+    frozen.flags.writeable = False
+    assert np.array_equal(OURS["clip-torchvision"](frozen), want)
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((5, 5, 3), np.float32), "uint8"),
+        (np.zeros((5, 5, 4), np.uint8), "H x W x 3"),
+        (np.zeros((5, 5), np.uint8), "H x W x 3"),
+        (np.zeros((3, 5, 5), np.uint8), "channels last"),
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        ("text", "missing"),
+        (42, "no picture"),
+    ],
+)
+def test_what_is_no_picture_is_refused(array: Any, says: str) -> None:
+    with pytest.raises((ImageFormatError, ImageDecodeError), match=says):
+        OURS["clip-torchvision"](array)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (60, 60)).save(tmp_path / "big.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageDecodeError, match="more pixels"):
+        open_image(tmp_path / "big.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": {"height": 224, "width": 280}, "crop_size": {"height": 200, "width": 224}},
+        {"size": {"height": 230, "width": 224}, "do_center_crop": False},
+        {"resample": 2},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize("name", ["clip-torchvision", "clip-pil"])
+def test_options_are_honoured(name: str, change: dict[str, Any]) -> None:
+    config = REFERENCES[name].to_dict() | change
+    processor = type(REFERENCES[name])(
+        **{key: value for key, value in config.items() if not key.endswith("_type")}
+    )
+    backend = "pil" if name == "clip-pil" else "torchvision"
+    ours = Preprocessor.from_config(config, backend=backend)
+    image = random_image((413, 287))
+    want = processor(images=image, return_tensors="pt")["pixel_values"][0].numpy()
+    assert want.shape[1:] == ours.output_size
+    assert np.abs(ours(image) - want).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_pad": True},
+        {"resample": 1},
+        {"do_resize": False},
+        {"do_rescale": False},
+        {"size": {"longest_edge": 224}},
+        {"crop_size": {"height": 300, "width": 224}},
+        {"image_mean": [0.5]},
+        {"image_processor_type": "ViTImageProcessor"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_options_are_refused_by_name(change: dict[str, Any]) -> None:
+    with pytest.raises(ProcessorConfigError, match=next(iter(change))):
+        Preprocessor.from_config(REFERENCES["clip-torchvision"].to_dict() | change)
+
+
+def test_it_can_be_pickled() -> None:
+    image = random_image((50, 40))
+    for ours in OURS.values():
+        assert np.array_equal(pickle.loads(pickle.dumps(ours))(image), ours(image))
