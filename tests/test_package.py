@@ -15,7 +15,10 @@ import pytest
 from vistower_export.pictures import SAMPLES
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "torchvision", "transformers", "onnx", "onnx_ir", "onnxruntime", "typer", "scipy")
+HEAVY = (
+    *("torch", "torchvision", "transformers", "huggingface_hub"),
+    *("onnx", "onnx_ir", "onnxruntime", "typer", "scipy"),
+)
 
 
 def loaded_by(program: str, python: Path | str = sys.executable) -> set[str]:
