@@ -109,7 +109,10 @@ def test_modes(name: str, mode: str) -> None:
         with pytest.raises(ImageFormatError, match=r"convert\('RGB'\)"):
             OURS[name](image)
         return
-    assert np.abs(OURS[name](image) - want).max() <= TOLERANCE
+    # DINOv3's processor divides 16-bit levels by 255 too: values up to 1200, where one step of
+    # float32 is 1.2e-4.
+    scale = max(1.0, float(np.abs(want).max()) / 10)
+    assert np.abs(OURS[name](image) - want).max() <= TOLERANCE * scale
 
 
 def test_dinov3_refuses_exactly_what_its_processor_refuses() -> None:
