@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vistower
 from vistower_export.pictures import SAMPLES
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +31,17 @@ def loaded_by(program: str, python: Path | str = sys.executable) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_importing_vistower_loads_nothing_heavy() -> None:
-    assert loaded_by("import vistower") == set()
+@pytest.mark.parametrize("program", ["import vistower", "from vistower import *"])
+def test_importing_vistower_loads_nothing_heavy(program: str) -> None:
+    assert loaded_by(program) == set()
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    for name in vistower.__all__:
+        assert getattr(vistower, name) is getattr(vistower, name)
+    assert set(vistower.__all__) <= set(dir(vistower))
+    with pytest.raises(AttributeError, match="no attribute 'VisionDecoder'"):
+        vistower.VisionDecoder  # noqa: B018
 
 
 def test_that_check_can_fail() -> None:

@@ -1,14 +1,21 @@
 """Image embeddings from CLIP and DINOv3 vision towers on ONNX Runtime, without torch.
 
 `VisionEncoder` embeds pictures; `CLIPMixin` and `DINOv3Mixin` replace the torch mixins of the
-same names. ONNX Runtime is imported when the first encoder is opened, not with this package.
+same names. Each name below is imported when it is first used (PEP 562), and ONNX Runtime when the
+first encoder is opened, so that importing this package costs next to nothing.
 """
 
-from vistower import errors
-from vistower.backbones import EMBED_MODEL_RESOLUTION
-from vistower.encoder import Embeddings, VisionEncoder
-from vistower.errors import VistowerError
-from vistower.mixins import CLIPMixin, DINOv3Mixin
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vistower import errors
+    from vistower.backbones import EMBED_MODEL_RESOLUTION
+    from vistower.encoder import Embeddings, VisionEncoder
+    from vistower.errors import VistowerError
+    from vistower.mixins import CLIPMixin, DINOv3Mixin
 
 __all__ = [
     "EMBED_MODEL_RESOLUTION",
@@ -19,3 +26,26 @@ __all__ = [
     "VistowerError",
     "errors",
 ]
+
+_MODULES = {
+    "EMBED_MODEL_RESOLUTION": "vistower.backbones",
+    "CLIPMixin": "vistower.mixins",
+    "DINOv3Mixin": "vistower.mixins",
+    "Embeddings": "vistower.encoder",
+    "VisionEncoder": "vistower.encoder",
+    "VistowerError": "vistower.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("vistower.errors")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
