@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def main() -> None:
             f"{graph.parity.cosine:.7f}",
             f"{median_ms(encoder, files):.0f} on {encoder.device}",
         )
-    Console().print(table)
+    # In a pipe rich assumes 80 columns and would cut the names.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
     figure, axes = plt.subplots(
         2 * len(rows), len(files), figsize=(2.1 * len(files) + 1, 4.3 * len(rows)), squeeze=False

@@ -95,8 +95,12 @@ def export(
     )
     if checkpoint.random_weight:
         out.print(f"{checkpoint.name}: random-weight checkpoint, its embeddings mean nothing")
+    from transformers.utils import logging as transformers_logging
+
     from vistower_export.steps import export_bundle
 
+    if not err.is_terminal:
+        transformers_logging.disable_progress_bar()
     place = output or cache_path(checkpoint.source, revision)
     bundle = export_bundle(
         checkpoint,
