@@ -23,6 +23,7 @@ import vistower
 import vistower_export
 from hub_server import ALWAYS, HubServer, Repo, commit_sha
 from vistower import errors
+from vistower_export.pictures import SAMPLES
 from vistower_export.source import Checkpoint, resolve_checkpoint
 
 TOWER = "someone/tower"
@@ -511,3 +512,43 @@ def test_the_server_is_bounded_in_requests_and_time(tmp_path: Path) -> None:
         User(server.endpoint, tmp_path).fail(errors.HubUnreachableError, TOWER)
     with HubServer({}, lifetime=0.2) as server:
         assert server.stopped.wait(5)
+
+
+def cli(user: User, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vistower.cli", *arguments]
+    return subprocess.run(
+        command, env=user.environment | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_from_a_gated_hub_id_to_the_mixin(
+    hub: HubServer, user: User, dinov3_checkpoint: Path
+) -> None:
+    hub.repos[GATED] = Repo.of_directory(dinov3_checkpoint, gated=True)
+    refused = cli(user, "export", GATED)
+    assert refused.returncode == 2
+    assert "gated" in refused.stderr
+    assert "HF_TOKEN" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    exported = cli(user, "export", GATED, HF_TOKEN=GRANTED)
+    assert exported.returncode == 0, exported.stderr
+    hub.requests.clear()
+    # The bundle is found under the id, with no hub asked and no torch loaded.
+    program = f"""
+import sys
+from vistower import DINOv3Mixin
+mixin = DINOv3Mixin(model_path={GATED!r}, device="cpu")
+features = mixin.get_features({str(SAMPLES[0])!r})
+print(features.shape, mixin.model.bundle.manifest.source.revision, "torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=user.environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split(") ") == ["(196, 64", f"{commit_sha('first')} False\n"]
+    assert hub.requests == []
+
+    offline = cli(user, "export", GATED, "--offline", "--overwrite")
+    assert offline.returncode == 0, offline.stderr
+    assert hub.requests == []
