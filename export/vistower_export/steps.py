@@ -38,8 +38,9 @@ from vistower.manifest import (
     Preprocessing,
     Source,
 )
+from vistower.ort import onnxruntime
 from vistower.preprocess import Preprocessor
-from vistower.session import Session, onnxruntime
+from vistower.session import Session
 from vistower.tokens import TokenLayout
 from vistower_export import reference as hf
 from vistower_export.graph import IR_VERSION, OPSET, GraphKind, write_graph

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vistower.bundle import Bundle, cache_directory, cache_path, cached_bundles, find_bundle
 from vistower.collect import collect
-from vistower.doctor import diagnose
+from vistower.doctor import Diagnosis, diagnose
 from vistower.encoder import VisionEncoder
 from vistower.errors import (
     BundleCorruptError,
@@ -45,7 +45,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 Bundled = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="A bundle's directory, or a model in the cache.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:N] or tensorrt[:N].")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
@@ -296,14 +296,21 @@ def models() -> None:
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    device: Annotated[
+        str, typer.Option(help="A device that must work, e.g. cuda:0; auto: any.")
+    ] = "auto",
+    bundle: Annotated[
+        str | None, typer.Option(help="Run this bundle's golden vectors, not a tiny graph.")
+    ] = None,
 ) -> None:
-    """Say what is installed, which execution providers there are, and what auto picks.
+    """Say what is installed, what is missing for which device, and run on each that there is.
 
-    Ends with exit code 1 where no encoder can run.
+    Ends with exit code 1 where no device works, or not the one required: a container's health
+    check.
 
-    Example: vistower doctor --json
+    Example: vistower doctor --json --device cuda
     """
-    diagnosis = diagnose()
+    diagnosis = diagnose(device, bundle)
     if as_json:
         sys.stdout.write(json.dumps(dataclasses.asdict(diagnosis), indent=2) + "\n")
     else:
@@ -316,9 +323,32 @@ def doctor(
         flags = " ".join(diagnosis.cpu_flags) or "none of interest"
         out.print(f"{'cpus':14} {diagnosis.cpus} usable; flags: {flags}")
         out.print(f"{'cache':14} {diagnosis.cache_directory}")
-        out.print(f"{'device auto':14} {diagnosis.device}: {diagnosis.device_reason}")
+        _print_devices(diagnosis)
     if diagnosis.problem is not None:
         raise typer.Exit(1)
+
+
+def _print_devices(diagnosis: Diagnosis) -> None:
+    if diagnosis.driver_cuda_version is not None:
+        out.print(f"{'nvidia driver':14} serves CUDA {diagnosis.driver_cuda_version}")
+    for gpu in diagnosis.gpus:
+        capability = ".".join(map(str, gpu.compute_capability))
+        out.print(f"{f'gpu {gpu.index}':14} {gpu.name}, {_megabytes(gpu.memory)}, sm {capability}")
+    for library in diagnosis.cuda_libraries:
+        out.print(f"{library.name:22} {library.error or 'ok'}")
+    for one in diagnosis.checks:
+        if one.works:
+            out.print(
+                f"{one.device:14} works: {one.ran} in {one.seconds:.2f} s, off by "
+                f"{one.difference:.0e}"
+            )
+        else:
+            out.print(f"{one.device:14} cannot be had: {'; '.join(one.problems)}")
+        for node in one.cpu_nodes:
+            out.print(f"{'':14} on the CPU: {node}")
+    out.print(f"{'device auto':14} {diagnosis.device}: {diagnosis.device_reason}")
+    if diagnosis.problem is not None:
+        out.print(f"{'problem':14} {diagnosis.problem}")
 
 
 def _version(wanted: bool) -> None:

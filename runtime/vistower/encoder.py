@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +13,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vistower.binding import Warmed
 from vistower.bundle import Bundle, find_bundle
-from vistower.errors import EmptyInputError, ImageFormatError
+from vistower.cuda_machine import DeviceChoice, choose_device
+from vistower.device import DeviceLike, ProviderLike, parse_providers
+from vistower.errors import DeviceError, EmptyInputError, ImageFormatError
+from vistower.finite import FiniteGuard
 from vistower.images import ImageInput
+from vistower.output import DeviceArray
+from vistower.precision import REDUCED
 from vistower.preprocess import Preprocessor
-from vistower.session import DeviceLike, Session
+from vistower.providers import SessionOptions
+from vistower.replicas import Replicas
+from vistower.session import Session
+from vistower.threads import available_cpus
 from vistower.tokens import TokenLayout
 
 logger = logging.getLogger("vistower")
@@ -44,10 +53,13 @@ class Embeddings:
 class VisionEncoder:
     """A vision tower ready to run. Thread-safe; picklable (it reopens its bundle)."""
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:
-        """Join a bundle and a session; `open` is the usual way."""
+    def __init__(
+        self, bundle: Bundle, session: Session | Replicas, guard: FiniteGuard | None = None
+    ) -> None:
+        """Join a bundle, a session and the guard of its numbers; `open` is the usual way."""
         self.bundle = bundle
         self.session = session
+        self._guard = guard
         self.layout: TokenLayout = bundle.layout
         self.processor: Preprocessor = bundle.preprocessor
 
@@ -57,46 +69,79 @@ class VisionEncoder:
         bundle: str | os.PathLike[str],
         *,
         device: DeviceLike = "auto",
+        devices: Sequence[DeviceLike] | None = None,
+        providers: Sequence[ProviderLike] | None = None,
         graph: str | None = None,
         threads: int | None = None,
+        options: SessionOptions | None = None,
     ) -> VisionEncoder:
         """Open a bundle.
 
         Args:
             bundle: a bundle's directory, or a hub id or checkpoint directory whose bundle is in
                 the cache. Nothing is downloaded or exported.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a ``torch.device``. Only ``auto``
-                chooses; the others are had or refused.
-            graph: ``portable`` or ``ort``; None for the fastest the bundle has.
+            device: ``auto``, ``cpu``, ``cuda[:N]``, ``tensorrt[:N]`` or a ``torch.device``. Only
+                ``auto`` chooses; the others are had or refused.
+            devices: several of them, e.g. ``["cuda:0", "cuda:1"]``: each batch is shared out.
+            providers: execution providers as ONNX Runtime takes them; the first must be active.
+                Give one of ``device``, ``devices`` and ``providers``.
+            graph: ``portable`` or ``ort``; None for the fastest the bundle has (TensorRT takes
+                ``portable``).
             threads: CPU threads inside one run; None for all this process may use.
+            options: how to use the device: memory, batch buckets, CUDA graphs and more.
 
         Raises:
             BundleNotFoundError, BundleCorruptError, BundleUnsupportedError: see `find_bundle`.
-            DeviceError: the device cannot be had.
+            DeviceError: the device cannot be had; its subclass and message say why.
         """
         found = find_bundle(bundle)
-        encoder = cls(found, Session(found.graph(graph), device, threads))
+        if sum((device != "auto", devices is not None, providers is not None)) > 1:
+            raise DeviceError("Give one of device, devices and providers.")
+        chosen: list[DeviceChoice] = []
+        if providers is None:
+            chosen = [choose_device(one) for one in ([device] if devices is None else devices)]
+        on = chosen[0].device if chosen else parse_providers(providers or ())[0]
+        if graph is None and on.type == "tensorrt":
+            graph = "portable"
+        path = found.graph(graph)
+        session: Session | Replicas
+        if devices is not None:
+            share = max(1, (threads or available_cpus()) // max(1, len(chosen)))
+            session = Replicas([Session(path, one, share, options=options) for one in chosen])
+        else:
+            one = chosen[0] if chosen else "auto"
+            session = Session(path, one, threads, providers=providers, options=options)
+        encoder = cls(found, session, _guard(found, path, session, options))
         weights = "random-weight " if found.manifest and found.manifest.source.random_weight else ""
+        why = f"; auto: {chosen[0].reason}" if chosen and device == "auto" and not devices else ""
         logger.info(
-            "%s%s on %s (%s)",
+            "%s%s on %s (%s)%s",
             weights,
             found.name,
             encoder.device,
             encoder.session.provider,
+            why,
         )
         return encoder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        session = self.session
-        return _reopen, (self.bundle.directory, str(session.device), session.graph, session.threads)
+        return _reopen, (self.bundle.directory, self.session, self._guard)
 
     def __repr__(self) -> str:
         return f"VisionEncoder({self.bundle.name!r}, device={self.device!r})"
 
     @property
     def device(self) -> str:
-        """Where it runs: ``cpu`` or ``cuda:N``."""
-        return str(self.session.device)
+        """Where it runs: ``cpu``, ``cuda:N``, or several joined by commas."""
+        return ",".join(map(str, self.session.devices))
+
+    def warmup(self, batch_sizes: Sequence[int] = ()) -> tuple[Warmed, ...]:
+        """Pay first-run costs now, and capture CUDA graphs; see `vistower.session.Session.warmup`.
+
+        Args:
+            batch_sizes: to run; by default the buckets of the options, else one picture.
+        """
+        return self.session.warmup(batch_sizes)
 
     def preprocess(self, images: ImageInput | Iterable[ImageInput]) -> Array:
         """Pictures → ``pixel_values`` (B, 3, H, W) float32, as the Hugging Face processor's.
@@ -113,7 +158,11 @@ class VisionEncoder:
 
     def _preprocess(self, images: list[ImageInput]) -> Array:
         height, width = self.layout.image_size
-        pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
+        pixel_values = (
+            self.session.empty(len(images))
+            if self.session.input_dtype == np.float32
+            else np.empty((len(images), 3, height, width), dtype=np.float32)
+        )
         for image, out in zip(images, pixel_values, strict=True):
             self.processor(image, out=out)
         return pixel_values
@@ -148,7 +197,30 @@ class VisionEncoder:
         Raises:
             ImageFormatError: another shape or dtype.
             InferenceError: ONNX Runtime failed.
+            NonFiniteError: NaN or infinity from a graph of reduced precision.
         """
+        batch = self._checked(pixel_values)
+        tokens = self.session.run(batch)
+        return tokens if self._guard is None else self._guard.checked(tokens, batch)
+
+    def forward_on_device(self, pixel_values: Array) -> DeviceArray:
+        """The same, ``last_hidden_state`` left where it was computed and shared through DLPack.
+
+        ``torch.from_dlpack(...)`` and ``cupy.from_dlpack(...)`` take it without a copy; the work is
+        finished. Nothing checks it for NaN or infinity.
+
+        Raises:
+            ImageFormatError: another shape or dtype.
+            DeviceError: the encoder has several devices.
+            InferenceError: ONNX Runtime failed.
+        """
+        if isinstance(self.session, Replicas):
+            raise DeviceError(
+                f"The tokens would lie on {self.device}: open one encoder per device for this."
+            )
+        return self.session.run_on_device(self._checked(pixel_values))
+
+    def _checked(self, pixel_values: Array) -> Array:
         expected = (3, *self.layout.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected or not len(pixel_values):
             raise ImageFormatError(
@@ -159,11 +231,28 @@ class VisionEncoder:
             raise ImageFormatError(
                 f"pixel_values is {pixel_values.dtype}; pass .astype(numpy.float32)."
             )
-        return self.session.run(np.ascontiguousarray(pixel_values))
+        return np.ascontiguousarray(pixel_values)
 
 
-def _reopen(directory: Path, device: str, graph: Path, threads: int) -> VisionEncoder:
-    return VisionEncoder(Bundle.load(directory), Session(graph, device, threads))
+def _guard(
+    bundle: Bundle, graph: Path, session: Session | Replicas, options: SessionOptions | None
+) -> FiniteGuard | None:
+    """The guard of a graph of reduced precision; fp32 needs none."""
+    graphs = bundle.manifest.graphs if bundle.manifest else {}
+    records = {bundle.directory / record.file: record for record in graphs.values()}
+    policy = (options or SessionOptions()).non_finite
+    record = records.get(graph)
+    if record is None or record.precision not in REDUCED or policy == "ignore":
+        return None
+    full = next((path for path, one in records.items() if one.precision == "fp32"), None)
+    what = f"{bundle.name} in {record.precision} on {session.device}"
+    return FiniteGuard(what, full if policy == "fp32" else None, session.device)
+
+
+def _reopen(
+    directory: Path, session: Session | Replicas, guard: FiniteGuard | None
+) -> VisionEncoder:
+    return VisionEncoder(Bundle.load(directory), session, guard)
 
 
 def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:

@@ -16,7 +16,16 @@
     ├── MaskError (IndexError)               a patch mask of the wrong length or dtype
     ├── MissingModelPathError (TypeError)    DINOv3Mixin without model_path
     ├── DeviceError (RuntimeError)           the device asked for cannot be had
+    │   ├── ProviderMissingError             the wheel lacks its provider, or two wheels collide
+    │   ├── CudaLibraryError                 a CUDA library is missing or of another major version
+    │   ├── DriverError                      no NVIDIA driver, too old, or not for this GPU
+    │   ├── NoSuchDeviceError                no GPU of that index
+    │   ├── DeviceMemoryError (MemoryError)  the model does not fit the device's free memory
+    │   ├── NodePlacementError               strict, and part of the graph would run on the CPU
+    │   └── PrecisionError (ValueError)      the device cannot compute in the precision asked for
     ├── InferenceError (RuntimeError)        ONNX Runtime failed, or use after fork
+    │   ├── BatchMemoryError (MemoryError)   memory ran out, for half the batch too
+    │   └── NonFiniteError (ArithmeticError) NaN or infinity in the tokens
     ├── OutputTypeError (RuntimeError)       VISTOWER_OUTPUT asks for what cannot be given
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     └── ExportError                          no bundle was written
@@ -91,8 +100,44 @@ class DeviceError(VistowerError, RuntimeError):
     """The device asked for cannot be had; nothing falls back to another one."""
 
 
+class ProviderMissingError(DeviceError):
+    """The ONNX Runtime wheel has no provider for the device, or two wheels overwrite each other."""
+
+
+class CudaLibraryError(DeviceError):
+    """A CUDA library is missing or of another major version; the message names it."""
+
+
+class DriverError(DeviceError):
+    """There is no NVIDIA driver, it does not start, or it is too old."""
+
+
+class NoSuchDeviceError(DeviceError):
+    """There is no GPU of the index asked for."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """The device has not enough free memory to open the graph."""
+
+
+class NodePlacementError(DeviceError):
+    """With ``strict``: compute nodes of the graph were placed on the CPU."""
+
+
+class PrecisionError(DeviceError, ValueError):
+    """The device or the bundle cannot compute in the precision asked for."""
+
+
 class InferenceError(VistowerError, RuntimeError):
     """ONNX Runtime could not run the graph."""
+
+
+class BatchMemoryError(InferenceError, MemoryError):
+    """Memory ran out while a batch was computed, and again for its halves."""
+
+
+class NonFiniteError(InferenceError, ArithmeticError):
+    """The tokens hold NaN or infinity, which a reduced precision can overflow to."""
 
 
 class OutputTypeError(VistowerError, RuntimeError):

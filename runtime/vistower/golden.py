@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import Bundle
+from vistower.device import DeviceLike
 from vistower.encoder import VisionEncoder
 from vistower.errors import BundleUnsupportedError, GoldenMismatchError
-from vistower.session import DeviceLike
 
 GOLDEN_DIRECTORY = "golden"
 GOLDEN_ARRAYS = "golden.npz"

@@ -1,264 +1,404 @@
-"""One ONNX Runtime session on one device; the only module that imports onnxruntime."""
+"""One ONNX Runtime session on one device, which is the device asked for or an error."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
 import logging
 import os
-import re
-from dataclasses import dataclass
-from functools import lru_cache
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from vistower.errors import BundleCorruptError, DeviceError, InferenceError, MissingExtraError
+from vistower.binding import BoundRunner, Port, Warmed
+from vistower.cuda_machine import (
+    DeviceChoice,
+    choose_device,
+    first_line,
+    out_of_memory,
+    problems,
+    require_device,
+    symptom,
+)
+from vistower.device import Device, DeviceLike, ProviderLike, parse_providers
+from vistower.errors import (
+    BatchMemoryError,
+    BundleCorruptError,
+    DeviceError,
+    InferenceError,
+    NodePlacementError,
+)
+from vistower.memory import CudaMemory, HostMemory, Memory
+from vistower.ort import LOG_ERRORS_ONLY, onnxruntime
+from vistower.output import DeviceArray
+from vistower.placement import can_read_placement, read_placement
+from vistower.providers import (
+    Providers,
+    SessionOptions,
+    device_providers,
+    merged,
+    session_config,
+)
+from vistower.tensorrt import tensorrt_providers
 from vistower.threads import available_cpus
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from vistower.workers import CallingThread, GpuWorker, Worker, gpu_worker
 
 logger = logging.getLogger("vistower")
 
-CPU_PROVIDER = "CPUExecutionProvider"
-CUDA_PROVIDER = "CUDAExecutionProvider"
+INPUT = "pixel_values"
+OUTPUT = "last_hidden_state"
 
-_WHEELS = ("onnxruntime", "onnxruntime-gpu")
-
-
-class TorchDevice(Protocol):
-    """What is read of a ``torch.device``; torch itself is never imported."""
-
-    type: str
-    index: int | None
-
-
-DeviceLike: TypeAlias = str | TorchDevice
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where a session runs: ``cpu``, or ``cuda`` with a device index."""
-
-    type: str
-    index: int = 0
-
-    def __str__(self) -> str:
-        return self.type if self.type == "cpu" else f"{self.type}:{self.index}"
-
-    @property
-    def provider(self) -> str:
-        """The ONNX Runtime execution provider of this device."""
-        return CPU_PROVIDER if self.type == "cpu" else CUDA_PROVIDER
-
-
-@dataclass(frozen=True)
-class DeviceChoice:
-    """The device that ``auto`` takes, and why."""
-
-    device: Device
-    reason: str
-
-
-@lru_cache(maxsize=1)
-def onnxruntime() -> ModuleType:
-    """ONNX Runtime, imported on first use, with the CUDA libraries of nvidia wheels loaded.
-
-    Raises:
-        MissingExtraError: it is not installed, or it fails to import.
-    """
-    try:
-        import onnxruntime as module
-    except ImportError as error:
-        raise MissingExtraError(
-            f"ONNX Runtime cannot be imported ({error}). Install one of: "
-            f"pip install 'vistower[cpu]', pip install 'vistower[gpu]'."
-        ) from error
-    # A GPU machine prints this at every start, and there is nothing to do about it.
-    module.set_default_logger_severity(3)
-    if CUDA_PROVIDER in module.get_available_providers() and hasattr(module, "preload_dlls"):
-        module.preload_dlls()
-    return cast("ModuleType", module)
-
-
-def installed_wheels() -> dict[str, str]:
-    """The installed distributions that provide ``import onnxruntime``, with their versions."""
-    found = {}
-    for name in _WHEELS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def parse_device(device: DeviceLike) -> Device | None:
-    """Read ``auto`` (None), ``cpu``, ``cuda``, ``cuda:N`` or a ``torch.device``.
-
-    Raises:
-        DeviceError: it is none of them.
-    """
-    if isinstance(device, str):
-        text = device
-    else:
-        kind, index = getattr(device, "type", None), getattr(device, "index", None)
-        text = str(kind) if index is None else f"{kind}:{index}"
-    if text == "auto":
-        return None
-    match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", text)
-    if match is None:
-        raise DeviceError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
-    return Device(match[1], 0 if match[1] == "cpu" else int(match[2] or 0))
-
-
-def cuda_problem() -> str | None:
-    """Why a CUDA session cannot be had here, as one sentence with its remedy; None if it can.
-
-    Looked at in this order: the wheels installed, the providers compiled in, and whether the CUDA
-    provider's library loads (a missing library is named).
-    """
-    wheels = installed_wheels()
-    if len(wheels) > 1:
-        return (
-            "both onnxruntime and onnxruntime-gpu are installed, and they overwrite each other: "
-            "pip uninstall both, then pip install 'vistower[gpu]'"
-        )
-    module = onnxruntime()
-    if CUDA_PROVIDER not in module.get_available_providers():
-        which = ", ".join(wheels) or "onnxruntime"
-        return (
-            f"the installed wheel {which} {module.__version__} is built without CUDA: "
-            f"pip uninstall {which}, then pip install 'vistower[gpu]'"
-        )
-    capi = Path(cast("str", module.__file__)).parent / "capi"
-    for library in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
-        path = capi / library
-        if not path.is_file():
-            continue
-        try:
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            return (
-                f"the CUDA provider cannot be loaded ({error}): pip install 'vistower[gpu]' "
-                f"brings the CUDA and cuDNN libraries, the driver comes with the machine"
-            )
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        return f"there is no NVIDIA driver ({error}): install one, or start the container with GPUs"
-    return None
-
-
-def choose_device() -> DeviceChoice:
-    """What ``device="auto"`` takes here, and why: CUDA where it can be had, else the CPU."""
-    problem = cuda_problem()
-    if problem is None:
-        return DeviceChoice(Device("cuda"), "a CUDA device can be used")
-    return DeviceChoice(Device("cpu"), f"no CUDA: {problem}")
+DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(uint8)": np.dtype(np.uint8),
+}
 
 
 class Session:
-    """A graph loaded on one device. Safe to share between threads.
+    """A graph loaded on one device. Safe to share between threads; picklable: it loads again.
 
-    ``device`` is where it really runs: for CUDA this is read back from ONNX Runtime after the
-    session exists, because ONNX Runtime itself falls back to the CPU with no more than a warning.
+    ``device`` is where it really runs: this is read back from ONNX Runtime after the session
+    exists, because ONNX Runtime itself falls back to the CPU with no more than a warning.
+    ``reason`` says why this device, ``placement`` where its nodes went (None where ONNX Runtime
+    cannot tell, or on the CPU).
     """
 
     def __init__(
-        self, graph: Path, device: DeviceLike = "auto", threads: int | None = None
+        self,
+        graph: Path,
+        device: DeviceLike | DeviceChoice = "auto",
+        threads: int | None = None,
+        *,
+        providers: Sequence[ProviderLike] | None = None,
+        options: SessionOptions | None = None,
     ) -> None:
         """Load a graph.
 
         Args:
             graph: an ONNX file with input ``pixel_values`` and output ``last_hidden_state``.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a ``torch.device``.
+            device: ``auto``, ``cpu``, ``cuda[:N]``, ``tensorrt[:N]``, a ``torch.device``, or what
+                `choose_device` made of one of them.
             threads: CPU threads inside one run; None for all this process may use.
+            providers: execution providers as ONNX Runtime takes them, instead of ``device``; the
+                first must be active, and their options win over ours.
+            options: how to use the device.
 
         Raises:
-            DeviceError: the device cannot be had.
+            DeviceError: the device cannot be had, or both device and providers are given.
             BundleCorruptError: the graph cannot be loaded or has other inputs or outputs.
         """
-        wanted = parse_device(device)
-        if wanted is None:
-            choice = choose_device()
-            wanted = choice.device
-            logger.debug("device auto: %s (%s)", wanted, choice.reason)
-        elif wanted.type == "cuda" and (problem := cuda_problem()) is not None:
-            raise DeviceError(f"device={str(wanted)!r} was asked for, but {problem}.")
-        self.graph = graph
-        self.device = wanted
-        self.threads = threads or available_cpus()
-        self._session = self._create()
-        self._check_provider()
-        self._check_signature()
         self._pid = os.getpid()
+        self._asked = providers
+        if providers is None:
+            choice = device if isinstance(device, DeviceChoice) else choose_device(device)
+            self.device, self.reason = choice.device, choice.reason
+            asked: Providers | None = None
+        else:
+            if device != "auto":
+                raise DeviceError(
+                    f"device={device!r} and providers={providers!r} were both given. Give one."
+                )
+            self.device, asked = parse_providers(providers)
+            self.reason = "first of the providers"
+            require_device(self.device)
+        self.graph = graph
+        self.options = options or SessionOptions()
+        self.threads = threads or available_cpus()
+        self._session = self._create(asked)
+        self._check_provider()
+        self._source, self._target = self._ports()
+        strict = self.options.strict
+        self.placement = read_placement(self._session, self.device, graph, strict=strict)
+        self._worker: Worker | None = None
+        if self.device.on_gpu or self.options.buckets:
+            self._worker, self._memory, self._bound = self._bind()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        device = "auto" if self._asked is not None else str(self.device)
+        return _load, (self.graph, device, self.threads, self._asked, self.options)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The one device, where there could be several."""
+        return (self.device,)
 
     @property
     def provider(self) -> str:
         """The active execution provider, e.g. ``CUDAExecutionProvider``."""
         return str(self._session.get_providers()[0])
 
-    def _create(self) -> Any:
+    @property
+    def input_dtype(self) -> np.dtype[Any]:
+        """What the graph takes: float32 ``pixel_values``, or uint8 before normalization."""
+        return self._source.dtype
+
+    def _create(self, asked: Providers | None) -> Any:
         module = onnxruntime()
         options = module.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Spinning workers burn the cores that other sessions and decoders of this process need.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers: list[Any] = [CPU_PROVIDER]
-        if self.device.type == "cuda":
-            # TF32 would change the numbers torch computes by default.
-            cuda = {"device_id": str(self.device.index), "use_tf32": "0"}
-            providers = [(CUDA_PROVIDER, cuda), CPU_PROVIDER]
+        options.log_severity_level = LOG_ERRORS_ONLY
+        can_tell = can_read_placement(module.InferenceSession)
+        config = session_config(self.device, self.options, read_placement=can_tell)
+        for key, value in config.items():
+            options.add_session_config_entry(key, value)
+        providers = self._providers(asked)
         try:
-            return module.InferenceSession(str(self.graph), options, providers=providers)
+            # Without this it would try the CPU, print so, and hide the error.
+            return module.InferenceSession(
+                str(self.graph), options, providers=list(providers), enable_fallback=0
+            )
         # ONNX Runtime's exceptions share no base class but Exception.
         except Exception as error:
-            text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            if self.device.type == "cuda":
-                raise DeviceError(f"No session on {self.device}: {text}") from error
-            raise BundleCorruptError(
-                f"{self.graph} cannot be loaded by ONNX Runtime {module.__version__}: {text}. "
-                f"Check it with `vistower verify`, or export the bundle again."
-            ) from error
+            raise self._why_not(error) from error
+
+    def _providers(self, asked: Providers | None) -> Providers:
+        if self.device.provider == self.device.type:
+            return asked or ()
+        if self.device.type == "tensorrt":
+            if self.options.cuda_graphs:
+                raise DeviceError(
+                    "cuda_graphs is for device='cuda': TensorRT's provider captures one graph for "
+                    "one shape. Leave it out."
+                )
+            ours = tensorrt_providers(self.device, self.options, self.graph)
+        else:
+            ours = device_providers(self.device, self.options)
+        return ours if asked is None else merged(asked, ours)
+
+    def _why_not(self, error: Exception) -> Exception:
+        """The error to raise where ONNX Runtime raised one while loading."""
+        text = str(error)
+        if "explicitly disabled" in text and self.options.strict:
+            return NodePlacementError(
+                f"strict: part of {self.graph} would run on the CPU. A newer onnxruntime-gpu (1.24 "
+                f"or so) names the nodes; the fused graph (graph='ort') has none."
+            )
+        if self.device.type == "cpu":
+            return BundleCorruptError(
+                f"{self.graph} cannot be loaded by ONNX Runtime {onnxruntime().__version__}: "
+                f"{first_line(text)}. Check it with `vistower verify`, or export the bundle again."
+            )
+        known = symptom(text)
+        if known is None:
+            return DeviceError(
+                f"No session on {self.device} for {self.graph}: {first_line(text)}. `vistower "
+                f"doctor` says whether the device works at all."
+            )
+        return known.error(f"No session on {self.device} for {self.graph}: {known}.")
 
     def _check_provider(self) -> None:
-        if self.provider != self.device.provider:
-            raise DeviceError(
-                f"device={str(self.device)!r} was asked for, but ONNX Runtime made a session with "
-                f"{self.provider}. `vistower doctor` names the cause."
-            )
+        if self.provider == self.device.provider:
+            return
+        found = problems(self.device) if self.device.on_gpu else ()
+        reasons = "; ".join(map(str, found)) or "`vistower doctor --debug` shows what it logs"
+        error = found[0].error if found else DeviceError
+        raise error(
+            f"{str(self.device)!r} was asked for, but ONNX Runtime made a session with "
+            f"{self.provider}: {reasons}."
+        )
 
-    def _check_signature(self) -> None:
-        inputs = [node.name for node in self._session.get_inputs()]
-        outputs = [node.name for node in self._session.get_outputs()]
-        if inputs != ["pixel_values"] or "last_hidden_state" not in outputs:
+    def _ports(self) -> tuple[Port, Port]:
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        named = {node.name: node for node in outputs}
+        if [node.name for node in inputs] != [INPUT] or OUTPUT not in named:
             raise BundleCorruptError(
-                f"{self.graph} has inputs {inputs} and outputs {outputs}; a vision tower has the "
-                f"input pixel_values and the output last_hidden_state. For CLIP, export the vision "
-                f"model (CLIPVisionModel), not text and vision together."
+                f"{self.graph} has inputs {[node.name for node in inputs]} and outputs "
+                f"{list(named)}; a vision tower has the input {INPUT} and the output {OUTPUT}. For "
+                f"CLIP, export the vision model (CLIPVisionModel), not text and vision together."
             )
+        return _port(self.graph, inputs[0]), _port(self.graph, named[OUTPUT])
 
-    def run(self, pixel_values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """One forward pass: (B, 3, H, W) float32 → ``last_hidden_state`` (B, T, D) float32.
+    def _bind(self) -> tuple[Worker, Memory, BoundRunner]:
+        worker: CallingThread | GpuWorker
+        memory: Memory
+        if self.device.on_gpu:
+            worker = gpu_worker(self.device.index)
+            memory = CudaMemory(self.device.index, worker.run)
+        else:
+            worker, memory = CallingThread(), HostMemory()
+        return (
+            worker,
+            memory,
+            BoundRunner(
+                onnxruntime(),
+                self._session,
+                memory,
+                source=self._source,
+                target=self._target,
+                options=self.options,
+            ),
+        )
+
+    def empty(self, batch_size: int) -> npt.NDArray[Any]:
+        """An uninitialized input array (B, 3, H, W) to make a batch in.
+
+        On a GPU it lies in page-locked memory, from which the upload is fastest; any other array
+        works too.
+        """
+        shape = (batch_size, *self._source.shape)
+        if self._worker is None:
+            return np.empty(shape, self._source.dtype)
+        return self._memory.empty(shape, self._source.dtype)
+
+    def run(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """One forward pass: (B, 3, H, W) of `input_dtype` → ``last_hidden_state`` (B, T, D).
+
+        Where memory runs out, the batch is computed in two halves, once, with a warning.
+
+        Raises:
+            BatchMemoryError: memory ran out for half the batch too.
+            InferenceError: ONNX Runtime failed, or the session was inherited through fork.
+        """
+        self._check_process()
+        try:
+            tokens = self._forward(pixel_values)
+        except Exception as error:
+            if not out_of_memory(error) or len(pixel_values) < 2:
+                raise self._failed(pixel_values, error) from error
+            tokens = self._halved(pixel_values, error)
+        return tokens if tokens.dtype == np.float32 else tokens.astype(np.float32)
+
+    def _forward(
+        self, pixel_values: npt.NDArray[Any], *, shrink: bool = False
+    ) -> npt.NDArray[np.float32]:
+        if self._worker is None:
+            outputs = self._session.run([OUTPUT], {INPUT: pixel_values})
+            return cast("npt.NDArray[np.float32]", outputs[0])
+        batch = self._bindable(pixel_values)
+        return self._worker.run(self._bound.run, batch, shrink=shrink)
+
+    def _halved(self, pixel_values: npt.NDArray[Any], error: Exception) -> npt.NDArray[np.float32]:
+        middle = (len(pixel_values) + 1) // 2
+        logger.warning(
+            "%s ran out of memory for a batch of %d (%s); it is computed in halves of %d. Use a "
+            "smaller batch_size.",
+            self.device,
+            len(pixel_values),
+            first_line(str(error)),
+            middle,
+        )
+        try:
+            return np.concatenate(
+                [
+                    self._forward(part, shrink=True)
+                    for part in (pixel_values[:middle], pixel_values[middle:])
+                ]
+            )
+        except Exception as again:
+            raise self._failed(pixel_values[:middle], again) from again
+
+    def _failed(self, pixel_values: npt.NDArray[Any], error: Exception) -> InferenceError:
+        if isinstance(error, InferenceError):
+            return error
+        text = (
+            f"ONNX Runtime failed on {self.device} for pixel_values of shape "
+            f"{pixel_values.shape}: {first_line(str(error))}"
+        )
+        if out_of_memory(error):
+            return BatchMemoryError(f"{text}. Use a smaller batch_size, or raise memory_limit.")
+        return InferenceError(text)
+
+    def run_on_device(self, pixel_values: npt.NDArray[Any]) -> DeviceArray:
+        """The same, the tokens left in the device's memory and handed out through DLPack.
+
+        The work is finished when this returns: a consumer need not synchronize.
 
         Raises:
             InferenceError: ONNX Runtime failed, or the session was inherited through fork.
         """
+        self._check_process()
+        try:
+            if self._worker is None:
+                module = onnxruntime()
+                feeds = {INPUT: module.OrtValue.ortvalue_from_numpy(pixel_values)}
+                return DeviceArray(self._session.run_with_ort_values([OUTPUT], feeds)[0])
+            batch = self._bindable(pixel_values)
+            return DeviceArray(self._worker.run(self._bound.run_on_device, batch))
+        except Exception as error:
+            raise self._failed(pixel_values, error) from error
+
+    def warmup(self, batch_sizes: Sequence[int] = ()) -> tuple[Warmed, ...]:
+        """Pay the first-run costs now: allocation, kernel choice, TensorRT's engine, CUDA graphs.
+
+        Call it while no other thread of the process uses CUDA where CUDA graphs are captured.
+
+        Args:
+            batch_sizes: to run; by default the buckets, else one picture.
+
+        Returns:
+            Each batch size's first and next run in seconds.
+
+        Raises:
+            InferenceError: ONNX Runtime failed.
+        """
+        self._check_process()
+        report = []
+        for size in batch_sizes or self.options.buckets or (1,):
+            # Not zeros: a captured graph is compared with the plain run on it.
+            noise = np.random.default_rng(0).integers(0, 255, (size, *self._source.shape))
+            batch = (noise / 255 if self._source.dtype.kind == "f" else noise).astype(
+                self._source.dtype
+            )
+            try:
+                if self._worker is None:
+                    warmed = Warmed(size, self._timed(batch), self._timed(batch), graph=False)
+                else:
+                    warmed = self._worker.run_alone(self._bound.warm, batch)
+            except Exception as error:
+                raise self._failed(batch, error) from error
+            report.append(warmed)
+            logger.info(
+                "warmed up %s: batch %d, first %.0f ms, next %.1f ms%s",
+                self.device,
+                warmed.batch_size,
+                warmed.first * 1e3,
+                warmed.next * 1e3,
+                ", CUDA graph" if warmed.graph else "",
+            )
+        return tuple(report)
+
+    def _timed(self, batch: npt.NDArray[Any]) -> float:
+        start = time.perf_counter()
+        self._forward(batch)
+        return time.perf_counter() - start
+
+    def _bindable(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        # By address nothing checks what ONNX Runtime's own run() checks.
+        if pixel_values.dtype != self._source.dtype or pixel_values.shape[1:] != self._source.shape:
+            raise InferenceError(
+                f"The graph takes (B, {', '.join(map(str, self._source.shape))}) of "
+                f"{self._source.dtype}, and got {pixel_values.shape} of {pixel_values.dtype}."
+            )
+        return np.ascontiguousarray(pixel_values)
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise InferenceError(
                 "This session was made in another process and its threads did not survive the "
                 "fork. Open the encoder in the worker, or use the 'spawn' start method."
             )
-        try:
-            outputs = self._session.run(["last_hidden_state"], {"pixel_values": pixel_values})
-        except Exception as error:
-            raise InferenceError(
-                f"ONNX Runtime failed on {self.device} for pixel_values of shape "
-                f"{pixel_values.shape}: {str(error).strip().splitlines()[0]}"
-            ) from error
-        return cast("npt.NDArray[np.float32]", outputs[0])
+
+
+def _port(graph: Path, node: Any) -> Port:
+    if (dtype := DTYPES.get(node.type)) is None or not all(
+        isinstance(size, int) for size in node.shape[1:]
+    ):
+        raise BundleCorruptError(
+            f"{graph}: {node.name} is {node.type} {node.shape}; known are {', '.join(DTYPES)} with "
+            f"every size but the batch fixed."
+        )
+    return Port(node.name, dtype, tuple(node.shape[1:]))
+
+
+def _load(
+    graph: Path,
+    device: str,
+    threads: int,
+    providers: Sequence[ProviderLike] | None,
+    options: SessionOptions,
+) -> Session:
+    return Session(graph, device, threads, providers=providers, options=options)

@@ -1,0 +1,385 @@
+"""What this machine has for CUDA, what is missing, and so which device can be had.
+
+Everything is found without a CUDA toolkit and without torch: the driver is asked through
+``libcuda``, and the libraries that ONNX Runtime's CUDA provider was linked with are read from the
+provider's own file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import mmap
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+from vistower.device import CPU, Device, DeviceLike, parse_device
+from vistower.errors import (
+    CudaLibraryError,
+    DeviceError,
+    DeviceMemoryError,
+    DriverError,
+    NoSuchDeviceError,
+    ProviderMissingError,
+)
+from vistower.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, installed_wheels, onnxruntime
+
+logger = logging.getLogger("vistower")
+
+DRIVER_LIBRARY = "libcuda.so.1"
+
+PROVIDER_FILES: Mapping[str, str] = MappingProxyType(
+    {
+        CUDA_PROVIDER: "libonnxruntime_providers_cuda.so",
+        TENSORRT_PROVIDER: "libonnxruntime_providers_tensorrt.so",
+    }
+)
+
+CUDA_LIBRARY = re.compile(r"lib(cu|nv)[a-zA-Z]+\.so\.(\d+)")
+"""Libraries NVIDIA ships, with their major version: libcublas.so.13, libnvinfer.so.10."""
+
+DRIVER_ERRORS: Mapping[int, str] = MappingProxyType(
+    {
+        3: "CUDA does not survive a fork: start worker processes by 'spawn'",
+        34: "the libcuda found is the toolkit's stub: remove its directory from LD_LIBRARY_PATH",
+        100: "it finds no GPU: start the container with GPUs, and look at CUDA_VISIBLE_DEVICES",
+        802: "the system is not ready: is the fabric manager of this machine running?",
+        803: "kernel module and user library differ: reboot, or start the container anew",
+        804: "the forward-compatibility package does not work with this GPU: remove it",
+    }
+)
+"""Results of ``cuInit`` (``CUresult`` in cuda.h) that have a remedy of their own."""
+
+ORT_SYMPTOMS: tuple[tuple[str, type[DeviceError], str], ...] = (
+    (
+        r"out of memory|Failed to allocate memory|CUDA failure 2:|Available memory of|"
+        r"(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+        DeviceMemoryError,
+        "free memory on the GPU (nvidia-smi shows who holds it), raise memory_limit, or take "
+        "another device",
+    ),
+    (
+        r"Invalid device [Ii][Dd]|CUDA failure 101",
+        NoSuchDeviceError,
+        "`vistower doctor` lists the GPUs",
+    ),
+    (
+        r"CUDA failure 35|driver version is insufficient",
+        DriverError,
+        "update the NVIDIA driver",
+    ),
+    (
+        r"no kernel image is available|CUDA failure 209",
+        DriverError,
+        "this wheel has no code for so old or so new a GPU: take another onnxruntime-gpu release",
+    ),
+    (
+        r"lib[\w.+-]+: cannot open shared object file",
+        CudaLibraryError,
+        "pip install 'vistower[gpu]' brings the CUDA and cuDNN libraries",
+    ),
+)
+"""Texts of ONNX Runtime's errors → what they mean, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a device cannot be had: what was found, what to do, the error to raise."""
+
+    error: type[DeviceError]
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.found}: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as CUDA numbers them; memory in bytes, compute capability (major, minor)."""
+
+    index: int
+    name: str
+    memory: int
+    compute_capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver: the newest CUDA version it serves, and the GPUs it shows this process."""
+
+    cuda_version: tuple[int, int]
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library a provider was linked with; ``error`` is None where it can be loaded."""
+
+    name: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """The device taken, and why it was."""
+
+    device: Device
+    reason: str
+
+
+def load_library(name: str) -> ctypes.CDLL:
+    """Load a shared library by name, TensorRT's from its wheel too; raises OSError naming it."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        wheel = importlib.util.find_spec("tensorrt_libs") if name.startswith("libnv") else None
+        for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+            if (path := Path(folder) / name).is_file():
+                return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        raise
+
+
+def driver() -> Driver | Problem:
+    """Ask the NVIDIA driver for its version and GPUs; no CUDA context is made."""
+    remedy = "install one, or start the container with GPUs"
+    try:
+        cuda = load_library(DRIVER_LIBRARY)
+    except OSError as error:
+        return Problem(DriverError, f"there is no NVIDIA driver ({error})", remedy)
+    result = cuda.cuInit(0)
+    if result:
+        remedy = DRIVER_ERRORS.get(result, "see CUresult in the CUDA driver's documentation")
+        return Problem(DriverError, f"the NVIDIA driver does not start (cuInit: {result})", remedy)
+    version = _asked(cuda.cuDriverGetVersion)
+    gpus = tuple(_gpu(cuda, index) for index in range(_asked(cuda.cuDeviceGetCount)))
+    return Driver((version // 1000, version % 1000 // 10), gpus)
+
+
+def _asked(function: Any, *arguments: Any) -> int:
+    """Call a driver function that writes one integer to its first argument."""
+    value = ctypes.c_int()
+    function(ctypes.byref(value), *arguments)
+    return value.value
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    handle = ctypes.c_int(_asked(cuda.cuDeviceGet, index))
+    name = ctypes.create_string_buffer(256)
+    cuda.cuDeviceGetName(name, len(name), handle)
+    memory = ctypes.c_size_t()
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), handle)
+    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+    major, minor = (_asked(cuda.cuDeviceGetAttribute, number, handle) for number in (75, 76))
+    return Gpu(index, name.value.decode(errors="replace"), memory.value, (major, minor))
+
+
+def provider_libraries(provider: str) -> tuple[Library, ...]:
+    """NVIDIA's libraries that a provider was linked with, and whether each can be loaded.
+
+    Empty where the provider's file is not there or is no ELF file.
+    """
+    capi = Path(cast("str", onnxruntime().__file__)).parent / "capi"
+    path = capi / PROVIDER_FILES[provider]
+    if not path.is_file():
+        return ()
+    found = []
+    for name in needed_libraries(path):
+        if name == DRIVER_LIBRARY or CUDA_LIBRARY.fullmatch(name) is None:
+            continue
+        try:
+            load_library(name)
+        except OSError as error:
+            found.append(Library(name, str(error)))
+        else:
+            found.append(Library(name, None))
+    return tuple(found)
+
+
+def needed_libraries(path: Path) -> tuple[str, ...]:
+    """The libraries an ELF file was linked with (``DT_NEEDED``), in order; none for other files.
+
+    Loading the file would name only the first one that is missing.
+    """
+    with path.open("rb") as file:
+        if file.read(6) != b"\x7fELF\x02\x01":
+            return ()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return tuple(_needed(data))
+
+
+_PT_LOAD, _PT_DYNAMIC = 1, 2
+_DT_NEEDED, _DT_STRTAB = 1, 5
+
+
+def _needed(data: mmap.mmap) -> Iterator[str]:
+    # ELF-64, little-endian: Elf64_Ehdr, Elf64_Phdr and Elf64_Dyn of the System V ABI.
+    (offset,) = struct.unpack_from("<Q", data, 32)
+    size, count = struct.unpack_from("<HH", data, 54)
+    segments = [struct.unpack_from("<IIQQQQ", data, offset + size * n) for n in range(count)]
+    entries: list[tuple[int, int]] = []
+    for kind, _, start, _, _, length in segments:
+        if kind == _PT_DYNAMIC:
+            entries = list(struct.iter_unpack("<QQ", data[start : start + length]))
+    names = next((value for tag, value in entries if tag == _DT_STRTAB), 0)
+    base = 0
+    for kind, _, start, address, _, length in segments:
+        if kind == _PT_LOAD and address <= names < address + length:
+            base = names - address + start
+    for tag, value in entries:
+        if tag == _DT_NEEDED:
+            yield data[base + value : data.find(b"\0", base + value)].decode()
+
+
+def problems(device: Device) -> tuple[Problem, ...]:
+    """Every reason why a GPU device cannot be had here, the first being the one to raise.
+
+    Looked at: the wheels installed, the providers compiled in, the libraries the provider was
+    linked with, the driver, its CUDA version against the libraries', and the device index.
+    """
+    wheels = installed_wheels()
+    if len(wheels) > 1:
+        found = "both onnxruntime and onnxruntime-gpu are installed, and they overwrite each other"
+        remedy = "pip uninstall both, then pip install 'vistower[gpu]'"
+        return (Problem(ProviderMissingError, found, remedy),)
+    module = onnxruntime()
+    if device.provider not in module.get_available_providers():
+        which = ", ".join(wheels) or "onnxruntime"
+        what = "CUDA" if device.type == "cuda" else "TensorRT"
+        found = f"the installed wheel {which} {module.__version__} is built without {what}"
+        remedy = f"pip uninstall {which}, then pip install 'vistower[gpu]'"
+        return (Problem(ProviderMissingError, found, remedy),)
+    libraries = provider_libraries(CUDA_PROVIDER)
+    if device.type == "tensorrt":
+        libraries += provider_libraries(TENSORRT_PROVIDER)
+    return (*_library_problems(libraries), *_driver_problems(device, libraries))
+
+
+def _library_problems(libraries: tuple[Library, ...]) -> Iterator[Problem]:
+    missing = tuple(dict.fromkeys(library.name for library in libraries if library.error))
+    tensorrt = tuple(name for name in missing if name.startswith("libnv"))
+    cuda = tuple(name for name in missing if name not in tensorrt)
+    others = [other for name in cuda for other in _other_majors(name)]
+    if others:
+        yield Problem(
+            CudaLibraryError,
+            f"the provider needs {', '.join(cuda)}, and this machine has {', '.join(others)}, of "
+            f"another major version",
+            "pip install 'vistower[gpu]' brings the right ones; or install the onnxruntime-gpu "
+            "release built for the version here",
+        )
+    elif cuda:
+        yield Problem(
+            CudaLibraryError,
+            f"the provider needs {', '.join(cuda)}, which cannot be loaded",
+            "pip install 'vistower[gpu]' brings the CUDA and cuDNN libraries",
+        )
+    if tensorrt:
+        yield Problem(
+            CudaLibraryError,
+            f"the TensorRT provider needs {', '.join(tensorrt)}, which cannot be loaded",
+            "pip install the tensorrt wheel of that major version",
+        )
+
+
+def _other_majors(name: str) -> Iterator[str]:
+    """The same library of the two majors before and after, where it can be loaded."""
+    match = cast("re.Match[str]", CUDA_LIBRARY.fullmatch(name))
+    major = int(match[2])
+    for other in (major - 1, major + 1, major - 2, major + 2):
+        candidate = name.replace(f".so.{major}", f".so.{other}")
+        try:
+            load_library(candidate)
+        except OSError:
+            continue
+        yield candidate
+
+
+def _driver_problems(device: Device, libraries: tuple[Library, ...]) -> Iterator[Problem]:
+    found = driver()
+    if isinstance(found, Problem):
+        yield found
+        return
+    runtime = next((x.name for x in libraries if x.name.startswith("libcudart.so.")), None)
+    # Minor versions are compatible: a driver that serves 13.0 runs any 13.x.
+    needed = int(runtime.rpartition(".")[2]) if runtime else 0
+    if found.cuda_version[0] < needed:
+        version = ".".join(map(str, found.cuda_version))
+        yield Problem(
+            DriverError,
+            f"the NVIDIA driver serves CUDA {version}, and this wheel needs CUDA {needed}",
+            "update the driver, or install the onnxruntime-gpu release built for CUDA "
+            f"{found.cuda_version[0]}",
+        )
+    if device.index >= len(found.gpus):
+        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in found.gpus) or "none"
+        yield Problem(
+            NoSuchDeviceError,
+            f"there is no GPU {device.index}; there are: {there}",
+            "take one of these, and look at CUDA_VISIBLE_DEVICES",
+        )
+
+
+def choose_device(device: DeviceLike = "auto") -> DeviceChoice:
+    """What a device request takes here, and why; ``auto`` is CUDA where it can be had, else CPU.
+
+    Raises:
+        DeviceError: the request is malformed, or the device cannot be had. Its subclass and its
+            message say why: see `problems`.
+    """
+    wanted = parse_device(device)
+    if wanted is None:
+        found = problems(Device("cuda"))
+        if found:
+            choice = DeviceChoice(CPU, f"no CUDA: {'; '.join(map(str, found))}")
+        else:
+            choice = DeviceChoice(Device("cuda"), "a CUDA device can be used")
+        logger.debug("device auto takes %s: %s", choice.device, choice.reason)
+        return choice
+    require_device(wanted)
+    return DeviceChoice(wanted, "asked for")
+
+
+def require_device(device: Device) -> None:
+    """Raise if a GPU device cannot be had, with every reason.
+
+    Raises:
+        DeviceError: see `problems`.
+    """
+    if device.on_gpu and (found := problems(device)):
+        reasons = "; ".join(map(str, found))
+        raise found[0].error(f"device={str(device)!r} was asked for, but {reasons}.")
+
+
+def compute_capability(device: Device) -> tuple[int, int] | None:
+    """Compute capability (major, minor) of a GPU device; None for others, or where unknown."""
+    found = driver() if device.on_gpu else None
+    if not isinstance(found, Driver) or device.index >= len(found.gpus):
+        return None
+    return found.gpus[device.index].compute_capability
+
+
+def symptom(text: str) -> Problem | None:
+    """What an error text of ONNX Runtime says about the device; None if nothing known."""
+    for pattern, error, remedy in ORT_SYMPTOMS:
+        if re.search(pattern, text):
+            return Problem(error, first_line(text), remedy)
+    return None
+
+
+def first_line(text: str) -> str:
+    """The first line of an error text: ONNX Runtime appends a stack."""
+    return next(iter(text.strip().splitlines()), "no message")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of ONNX Runtime, NumPy or CUDA says that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return re.search(f"{ORT_SYMPTOMS[0][0]}|bad.?alloc", str(error)) is not None

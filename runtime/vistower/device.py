@@ -1,0 +1,108 @@
+"""What may be asked for as a device: names, ``torch.device``, or ONNX Runtime's providers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
+
+from vistower.errors import DeviceError
+from vistower.ort import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
+
+PROVIDERS: Mapping[str, str] = MappingProxyType(
+    {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER, "tensorrt": TENSORRT_PROVIDER}
+)
+"""Device type → the execution provider that must be active for it."""
+
+
+class TorchDevice(Protocol):
+    """What is read of a ``torch.device``; torch itself is never imported."""
+
+    type: str
+    index: int | None
+
+
+DeviceLike: TypeAlias = str | TorchDevice
+ProviderLike: TypeAlias = str | tuple[str, Mapping[str, Any]]
+"""An execution provider as ONNX Runtime takes it: its name, or its name and options."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a session runs: ``cpu``, or ``cuda`` or ``tensorrt`` with a device index.
+
+    For a provider that has no such name, ``type`` is the provider's name.
+    """
+
+    type: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.type}:{self.index}" if self.on_gpu else self.type
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that must be active."""
+        return PROVIDERS.get(self.type, self.type)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is an NVIDIA GPU, whichever provider drives it."""
+        return self.type in ("cuda", "tensorrt")
+
+
+CPU = Device("cpu")
+
+
+def parse_device(device: DeviceLike) -> Device | None:
+    """Read ``auto`` (None), ``cpu``, ``cuda[:N]``, ``tensorrt[:N]`` or a ``torch.device``.
+
+    Raises:
+        DeviceError: it is none of them.
+    """
+    if isinstance(device, str):
+        text = device
+    else:
+        kind, index = getattr(device, "type", None), getattr(device, "index", None)
+        text = str(kind) if index is None else f"{kind}:{index}"
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(cpu|cuda|tensorrt)(?::(\d+))?", text)
+    if match is None:
+        raise DeviceError(
+            f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda', 'cuda:N', 'tensorrt' or "
+            f"'tensorrt:N'."
+        )
+    return CPU if match[1] == "cpu" else Device(match[1], int(match[2] or 0))
+
+
+def parse_providers(
+    providers: Sequence[ProviderLike],
+) -> tuple[Device, tuple[tuple[str, dict[str, str]], ...]]:
+    """Read ``providers`` as ONNX Runtime's users write it: names, or (name, options), best first.
+
+    Returns the device of the first provider, which must be active once the session exists, and
+    every provider with its options as strings.
+
+    Raises:
+        DeviceError: the list is empty or malformed.
+    """
+    pairs = []
+    for provider in [] if isinstance(providers, str) else providers:
+        pair: Any = (provider, {}) if isinstance(provider, str) else provider
+        match pair:
+            case (str(name), Mapping() as options):
+                pairs.append((name, {str(key): str(value) for key, value in options.items()}))
+    if not pairs or len(pairs) != len(providers):
+        raise DeviceError(
+            f"providers={providers!r} is not a list of providers. Give names, or (name, options) "
+            f"pairs, e.g. [('CUDAExecutionProvider', {{'device_id': 0}}), 'CPUExecutionProvider']."
+        )
+    first, settings = pairs[0]
+    kinds = {provider: kind for kind, provider in PROVIDERS.items()}
+    index = settings.get("device_id", "0")
+    if not index.isdecimal():
+        raise DeviceError(f"providers has device_id={index!r}; it must be a number from 0.")
+    return Device(kinds.get(first, first), int(index)), tuple(pairs)

@@ -1,0 +1,80 @@
+"""The guard of reduced precisions: tokens with NaN or infinity never reach a caller unnoticed.
+
+fp16 ends at 65504, so an activation of a large tower can overflow to infinity, and NaN follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vistower.device import Device
+from vistower.errors import NonFiniteError
+from vistower.session import Session
+
+logger = logging.getLogger("vistower")
+
+
+def all_finite(tokens: npt.NDArray[np.float32]) -> bool:
+    """Whether no value is NaN or infinite.
+
+    One sum, in which either would show, is much cheaper than a comparison of every value; only a
+    sum that is itself not finite needs the comparison.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(tokens.sum()):
+            return True
+    return bool(np.isfinite(tokens).all())
+
+
+class FiniteGuard:
+    """Checks what `Session.run` returned; computes the batch again in fp32 where that is chosen."""
+
+    def __init__(self, what: str, fp32: Path | None, device: Device) -> None:
+        """Set up the guard.
+
+        Args:
+            what: the graph and its precision, for messages.
+            fp32: the fp32 graph of the same input, opened at the first need; None to raise.
+            device: where to open it.
+        """
+        self._what = what
+        self._graph = fp32
+        self._device = device
+        self._fp32: Session | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FiniteGuard, (self._what, self._graph, self._device)
+
+    def checked(
+        self, tokens: npt.NDArray[np.float32], pixel_values: npt.NDArray[Any]
+    ) -> npt.NDArray[np.float32]:
+        """The tokens themselves, or those of the fp32 graph.
+
+        Raises:
+            NonFiniteError: NaN or infinity, and no fp32 graph was given, or it gives them too.
+        """
+        if all_finite(tokens):
+            return tokens
+        bad = np.flatnonzero(~np.isfinite(tokens).all(axis=(1, 2)))
+        text = f"{self._what} gave NaN or infinity for {len(bad)} of {len(tokens)} pictures"
+        if self._graph is None:
+            raise NonFiniteError(
+                f"{text}. Use precision='fp32' or 'bf16', or non_finite='fp32' to compute such "
+                f"batches again in fp32."
+            )
+        logger.warning("%s; they are computed again in fp32.", text)
+        with self._lock:
+            if self._fp32 is None:
+                self._fp32 = Session(self._graph, str(self._device))
+        again = self._fp32.run(pixel_values[bad])
+        if not all_finite(again):
+            raise NonFiniteError(f"{text}, and the fp32 graph too: the weights are damaged.")
+        tokens[bad] = again
+        return tokens

@@ -1,0 +1,56 @@
+"""ONNX Runtime, imported on first use; the only module that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
+
+from vistower.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+
+WHEELS = ("onnxruntime", "onnxruntime-gpu")
+"""Distributions that provide ``import onnxruntime``; two of them overwrite each other's files."""
+
+LOG_ERRORS_ONLY = 3
+"""ONNX Runtime's severity for errors; its warnings at every start leave nothing to be done."""
+
+
+@lru_cache(maxsize=1)
+def onnxruntime() -> ModuleType:
+    """ONNX Runtime, with the CUDA libraries of nvidia wheels loaded where it was built for CUDA.
+
+    Raises:
+        MissingExtraError: it is not installed, or it fails to import.
+    """
+    try:
+        import onnxruntime as module
+    except ImportError as error:
+        raise MissingExtraError(
+            f"ONNX Runtime cannot be imported ({error}). Install one of: "
+            f"pip install 'vistower[cpu]', pip install 'vistower[gpu]'."
+        ) from error
+    module.set_default_logger_severity(LOG_ERRORS_ONLY)
+    if CUDA_PROVIDER in module.get_available_providers() and hasattr(module, "preload_dlls"):
+        # It prints what it misses to stdout, which is where `vistower doctor --json` writes.
+        # What is missing is found again, by name, in vistower.cuda_machine.
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.preload_dlls()
+    return cast("ModuleType", module)
+
+
+def installed_wheels() -> dict[str, str]:
+    """The installed distributions that provide ``import onnxruntime``, with their versions."""
+    found = {}
+    for name in WHEELS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,98 @@
+"""Data parallelism inside one process: one session per device, each batch shared out."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vistower.binding import Warmed
+from vistower.device import Device
+from vistower.errors import DeviceError
+from vistower.session import Session
+
+
+class Replicas:
+    """Sessions of one graph on several devices, used like one session.
+
+    A batch is cut into as many equal parts as there are devices (fewer where it has fewer
+    pictures) and computed at once; each part goes to the device that has the least to do, so
+    single pictures from many threads spread out too.
+    """
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        """Join sessions of one graph.
+
+        Raises:
+            DeviceError: there is none.
+        """
+        if not sessions:
+            raise DeviceError("devices is empty. Give at least one, e.g. ['cuda:0', 'cuda:1'].")
+        self.sessions = tuple(sessions)
+        self._pending = [0] * len(sessions)
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        # As many callers as there are devices can keep them all busy; more would wait anyway.
+        self._threads = ThreadPoolExecutor(len(sessions), thread_name_prefix="vistower-replica")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Replicas, (self.sessions,)
+
+    @property
+    def device(self) -> Device:
+        """The first device; all are of one kind as a rule."""
+        return self.sessions[0].device
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices in the order given."""
+        return tuple(session.device for session in self.sessions)
+
+    @property
+    def provider(self) -> str:
+        """Their execution providers, each once."""
+        return ", ".join(dict.fromkeys(session.provider for session in self.sessions))
+
+    @property
+    def input_dtype(self) -> np.dtype[Any]:
+        """What the graph takes."""
+        return self.sessions[0].input_dtype
+
+    def empty(self, batch_size: int) -> npt.NDArray[Any]:
+        """An input array, see `Session.empty`."""
+        return self.sessions[0].empty(batch_size)
+
+    def run(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """One forward pass over all devices, see `Session.run`; rows keep their order.
+
+        Raises:
+            InferenceError: a device failed; the other parts are computed to their end first.
+        """
+        parts = np.array_split(pixel_values, min(len(self.sessions), len(pixel_values)))
+        if len(parts) == 1:
+            return self._on_least_busy(parts[0])
+        # A forked child has none of the threads: its session says so, in this one.
+        if os.getpid() != self._pid:
+            return self.sessions[0].run(pixel_values)
+        waiting = [self._threads.submit(self._on_least_busy, part) for part in parts]
+        wait(waiting)
+        return np.concatenate([future.result() for future in waiting])
+
+    def _on_least_busy(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        with self._lock:
+            index = self._pending.index(min(self._pending))
+            self._pending[index] += len(pixel_values)
+        try:
+            return self.sessions[index].run(pixel_values)
+        finally:
+            with self._lock:
+                self._pending[index] -= len(pixel_values)
+
+    def warmup(self, batch_sizes: Sequence[int] = ()) -> tuple[Warmed, ...]:
+        """Warm every device up in turn, see `Session.warmup`; reports come device by device."""
+        return tuple(warmed for session in self.sessions for warmed in session.warmup(batch_sizes))
