@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from fake_gpu import gpu  # noqa: F401
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
 from vistower_export.towers import CLIP, DINOV3, TowerFamily

@@ -31,7 +31,7 @@ from vistower.errors import (
     NodePlacementError,
 )
 from vistower.memory import CudaMemory, HostMemory, Memory
-from vistower.ort import LOG_ERRORS_ONLY, onnxruntime
+from vistower.ort import CPU_PROVIDER, LOG_ERRORS_ONLY, onnxruntime
 from vistower.output import DeviceArray
 from vistower.placement import can_read_placement, read_placement
 from vistower.providers import (
@@ -146,6 +146,9 @@ class Session:
         for key, value in config.items():
             options.add_session_config_entry(key, value)
         providers = self._providers(asked)
+        if "session.disable_cpu_ep_fallback" in config:
+            # ONNX Runtime refuses the two together.
+            providers = tuple(one for one in providers if one[0] != CPU_PROVIDER)
         try:
             # Without this it would try the CPU, print so, and hide the error.
             return module.InferenceSession(
