@@ -28,7 +28,7 @@ def make_overflowing(path: Path) -> None:
     model = onnx.load(path)
     graph = model.graph
     for node in graph.node:
-        node.output[:] = [name.replace("last_hidden_state", "tokens") for name in node.output]
+        node.output[:] = [name.replace("last_hidden_state", "bad.tokens") for name in node.output]
     graph.initializer.extend(
         [
             numpy_helper.from_array(np.array([1, 2, 3]), "bad.axes"),
@@ -44,7 +44,7 @@ def make_overflowing(path: Path) -> None:
             helper.make_node("Sub", ["bad.limit", "bad.each"], ["bad.left"]),
             helper.make_node("Sqrt", ["bad.left"], ["bad.root"]),
             helper.make_node("Mul", ["bad.root", "bad.zero"], ["bad.nan"]),
-            helper.make_node("Add", ["tokens", "bad.nan"], ["last_hidden_state"]),
+            helper.make_node("Add", ["bad.tokens", "bad.nan"], ["last_hidden_state"]),
         ]
     )
     onnx.save(model, path)
