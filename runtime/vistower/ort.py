@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
@@ -49,8 +48,11 @@ def onnxruntime() -> ModuleType:
 
 def installed_wheels() -> dict[str, str]:
     """The installed distributions that provide ``import onnxruntime``, with their versions."""
+    # Importing it takes a fifth of the time of `from vistower import VisionEncoder`.
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for name in WHEELS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
