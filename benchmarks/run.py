@@ -1,0 +1,272 @@
+"""Starts the processes, round by round, and keeps each result as it comes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import artifacts, machine
+from benchmarks.backends import Entry, entries
+from benchmarks.models import MODELS
+from benchmarks.results import Record, Run
+from benchmarks.worker import Job
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables that would decide a library's kernels or threads behind its back: taken out."""
+
+ERROR_LINES = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does. ``seconds`` and ``calls`` are the least for each batch size in a process."""
+
+    device: str
+    models: tuple[str, ...]
+    backends: tuple[str, ...] | None
+    batches: tuple[int, ...]
+    rounds: int
+    seconds: float
+    calls: int
+    timeout: float
+    threads: int
+
+
+class ResumeError(RuntimeError):
+    """An interrupted run cannot be continued with these settings."""
+
+
+def run(
+    plan: Plan, root: Path, pythons: Mapping[str, str], output: Path, *, resume: bool = False
+) -> Run:
+    """Run the plan; ``output`` is written again after every process.
+
+    A process that fails or takes too long is recorded with its error and does not end the run.
+
+    Args:
+        plan: what to do.
+        root: the folder `benchmarks.artifacts` filled.
+        pythons: environment → its interpreter.
+        output: the JSON of the run.
+        resume: take over what an interrupted run with the same plan and commit left in ``root``.
+
+    Raises:
+        ResumeError: the interrupted run had another plan or commit.
+        ValueError: a backend's name is not known.
+    """
+    graphs = artifacts.graphs(root, plan.models)
+    chosen = _chosen(plan, graphs)
+    folder = root / "rounds" / plan.device
+    description = machine.describe(plan.threads, plan.device)
+    _open_folder(folder, plan, description, resume=resume)
+    settings = asdict(plan) | {"graphs": graphs}
+    models = {name: asdict(MODELS[name]) | {"gflop": MODELS[name].gflop} for name in plan.models}
+    peaks: list[dict[str, Any]] = []
+    records: list[Record] = []
+
+    def save() -> Run:
+        order = [entry.name for entry in chosen]
+        ordered = sorted(records, key=lambda r: (r.model, order.index(r.backend), r.round))
+        done = Run(plan.device, description, settings, models, peaks, ordered)
+        done.save(output)
+        return done
+
+    for number in range(plan.rounds):
+        peaks.append(_peak(plan, folder, pythons["main"], number))
+        jobs = [(name, entry) for name in plan.models for entry in chosen]
+        # Every other round backwards, so that heat and drift do not favour a place in the order.
+        for name, entry in jobs if number % 2 == 0 else reversed(jobs):
+            if MODELS[name].family not in entry.families:
+                continue
+            record = _record(plan, root, folder, pythons, graphs, entry, name, number)
+            records.append(record)
+            _tell(record)
+            save()
+    return save()
+
+
+def make_artifacts(plan: Plan, root: Path, pythons: Mapping[str, str]) -> None:
+    """Make the files all backends share; the optimum environment is used if it is wanted."""
+    command = [pythons["main"], "-m", "benchmarks.artifacts", str(root), *plan.models]
+    subprocess.run(command, check=True, cwd=REPOSITORY, env=_environment())
+    if plan.device == "cpu" and (plan.backends is None or "optimum" in plan.backends):
+        for name in plan.models:
+            try:
+                artifacts.write_optimum(root, MODELS[name], pythons["optimum"])
+            except (OSError, subprocess.CalledProcessError) as error:
+                stderr = getattr(error, "stderr", None) or b""
+                print(f"{name}: no export by optimum: {error} {stderr.decode()[-500:]}", flush=True)
+
+
+def _chosen(plan: Plan, graphs: Mapping[str, str]) -> list[Entry]:
+    known = entries(plan.device, graphs)
+    if plan.backends is None:
+        return list(known)
+    # `vistower` stands for every graph of ours.
+    names = set(plan.backends)
+    found = [
+        e for e in known if e.name in names or e.name.partition("-")[0] in names & {"vistower"}
+    ]
+    if unknown := names - {entry.name for entry in known} - {"vistower"}:
+        raise ValueError(
+            f"Unknown backend {', '.join(sorted(unknown))}; known for {plan.device}: "
+            f"{', '.join(entry.name for entry in known)}."
+        )
+    return found
+
+
+def _open_folder(folder: Path, plan: Plan, description: dict[str, Any], *, resume: bool) -> None:
+    stamp = json.dumps(asdict(plan) | {"commit": description["commit"]}, sort_keys=True)
+    path = folder / "plan.json"
+    if resume and path.exists():
+        if path.read_text(encoding="utf-8") != stamp:
+            raise ResumeError(
+                f"The interrupted run in {folder} had another plan or commit: "
+                f"{path.read_text(encoding='utf-8')}. Start anew without --resume."
+            )
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    path.write_text(stamp, encoding="utf-8")
+
+
+def _environment() -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key not in SLOWING}
+    paths = [str(REPOSITORY), environment.get("PYTHONPATH", "")]
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _peak(plan: Plan, folder: Path, python: str, number: int) -> dict[str, Any]:
+    path = folder / f"peak-{number}.json"
+    if not path.exists():
+        call = f"peak.cpu({plan.threads}, 0.5)" if plan.device == "cpu" else "peak.gpu(2.0)"
+        code = f"import json; from benchmarks import peak; print(json.dumps({call}))"
+        done = subprocess.run(
+            [python, "-c", code],
+            check=True,
+            cwd=REPOSITORY,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+        )
+        path.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
+    peak: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    print(f"round {number}: fastest float32 product {peak['gflops']:.0f} GFLOP/s", flush=True)
+    return peak
+
+
+def _record(
+    plan: Plan,
+    root: Path,
+    folder: Path,
+    pythons: Mapping[str, str],
+    graphs: dict[str, str],
+    entry: Entry,
+    name: str,
+    number: int,
+) -> Record:
+    stem = f"{name}--{entry.name}--{number}"
+    kept = folder / f"{stem}.record.json"
+    if kept.exists():
+        return Record(**json.loads(kept.read_text(encoding="utf-8")))
+    job = Job(
+        backend=entry.name,
+        model=name,
+        family=MODELS[name].family,
+        device=plan.device,
+        threads=plan.threads,
+        artifacts=str(root),
+        graphs=graphs,
+        batches=list(plan.batches),
+        seconds=plan.seconds,
+        calls=plan.calls,
+    )
+    clock = machine.CpuClock()
+    result, error = _work(job, folder / stem, pythons[entry.environment], plan.timeout)
+    record = Record(
+        backend=entry.name,
+        label=entry.label,
+        note=entry.note,
+        model=name,
+        round=number,
+        seconds=clock.seconds(),
+        foreign=clock.foreign(),
+        result=result,
+        error=error,
+    )
+    # A failure is tried again by --resume; what succeeded is kept.
+    if error is None:
+        kept.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    return record
+
+
+def _work(
+    job: Job, stem: Path, python: str, timeout: float
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Run one worker: its result, or what went wrong in a few lines."""
+    job_path, result_path, log_path = (
+        stem.with_name(f"{stem.name}.{kind}") for kind in ("job.json", "result.json", "log")
+    )
+    job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    result_path.unlink(missing_ok=True)
+    command = [python, "-m", "benchmarks.worker", str(job_path), str(result_path)]
+    with log_path.open("wb") as log:
+        try:
+            done = subprocess.run(
+                [*command, repr(time.monotonic())],
+                cwd=REPOSITORY,
+                env=_environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            )
+        except OSError as error:
+            return None, f"{python} cannot be started: {error}"
+        except subprocess.TimeoutExpired:
+            return None, f"not finished after {timeout:.0f} s"
+    if done.returncode == 0 and result_path.exists():
+        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
+        return result, None
+    tail = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return None, f"exit status {done.returncode}: " + "\n".join(tail[-ERROR_LINES:])
+
+
+def _tell(record: Record) -> None:
+    head = f"  {record.model} {record.label}:"
+    if record.result is None:
+        print(f"{head} FAILED: {(record.error or '').splitlines()[-1]}", flush=True)
+        return
+    parts = []
+    for task, batches in record.result["times"].items():
+        for batch, times in batches.items():
+            middle = sorted(times)[len(times) // 2] / int(batch) * 1e3
+            parts.append(f"{task} b{batch} {middle:.1f}")
+    off = [
+        f"{task} b{batch} DISAGREES (cosine {verdict['cosine']:.6f})"
+        for task, batches in record.result["agreement"].items()
+        for batch, verdict in batches.items()
+        if not verdict["agrees"]
+    ]
+    cold, foreign = record.result["cold"]["total"], record.foreign
+    disturbed = f"; DISTURBED: others took {foreign:.0%} of the CPU" if foreign > 0.05 else ""
+    print(f"{head} ms/image {', '.join(parts + off)}; cold {cold:.2f} s{disturbed}", flush=True)
+
+
+def default_pythons(names: Sequence[str] = ("main", "optimum")) -> dict[str, str]:
+    """The interpreter that runs this, for every environment."""
+    return dict.fromkeys(names, sys.executable)
