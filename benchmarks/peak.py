@@ -6,6 +6,7 @@ of all; on the GPU torch's 8192³ product per precision. Run as a process of its
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +19,15 @@ CPU_SIZES = ((1024, 1024, 1024), (2048, 2048, 2048), (400, 768, 3072), (1608, 38
 GPU_SIZE = 8192
 
 
-def _best_gflops(flop: float, call: Callable[[], Any], seconds: float) -> float:
+def _gflops(flop: float, call: Callable[[], Any], seconds: float) -> float:
+    """From the median call: what is compared with it is a median too."""
     call()
-    best, end = float("inf"), time.perf_counter() + seconds
+    times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - start)
-    return flop / best / 1e9
+        times.append(time.perf_counter() - start)
+    return flop / statistics.median(times) / 1e9
 
 
 def cpu(threads: int, seconds: float) -> dict[str, Any]:
@@ -49,14 +51,14 @@ def cpu(threads: int, seconds: float) -> dict[str, Any]:
         def with_numpy() -> None:
             np.matmul(a, b, out=out)  # noqa: B023
 
-        results["torch"][size] = _best_gflops(flop, with_torch, seconds)
-        results["numpy"][size] = _best_gflops(flop, with_numpy, seconds)
+        results["torch"][size] = _gflops(flop, with_torch, seconds)
+        results["numpy"][size] = _gflops(flop, with_numpy, seconds)
         session = _matmul_session(onnxruntime, b, threads)
 
         def with_ort() -> None:
             session.run(None, {"a": a})  # noqa: B023, F821
 
-        results["onnxruntime"][size] = _best_gflops(flop, with_ort, seconds)
+        results["onnxruntime"][size] = _gflops(flop, with_ort, seconds)
         del session
     best = max(value for sizes in results.values() for value in sizes.values())
     return {"gflops": best, "by_library": results, "numpy_blas": _numpy_blas()}
@@ -81,7 +83,7 @@ def gpu(seconds: float) -> dict[str, Any]:
             torch.mm(a, b)  # noqa: B023
             torch.cuda.synchronize()
 
-        results[precision] = _best_gflops(2.0 * GPU_SIZE**3, product, seconds)
+        results[precision] = _gflops(2.0 * GPU_SIZE**3, product, seconds)
     return {"gflops": results["fp32"], "by_precision": results}
 
 

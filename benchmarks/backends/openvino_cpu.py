@@ -22,6 +22,7 @@ class OpenVino(HuggingFacePixels):
         super().__init__(context)
         self.hint = hint
         self.queues: dict[int, openvino.AsyncInferQueue] = {}
+        self.states: dict[int, Array] = {}
 
     def settings(self) -> dict[str, Any]:
         """What it was told, and how many requests it wants at once."""
@@ -64,6 +65,11 @@ class OpenVino(HuggingFacePixels):
                 else 1
             )
             self.queues[size] = openvino.AsyncInferQueue(compiled, self.requests)
+            self.queues[size].set_callback(self._keep)
+
+    def _keep(self, request: openvino.InferRequest, index: int) -> None:
+        # The request's own memory is overwritten by its next use.
+        self.states[index] = request.get_output_tensor(0).data.copy()
 
     def _parts(self, batch: Any) -> list[Any]:
         parts = min(self.requests, len(batch))
@@ -77,15 +83,8 @@ class OpenVino(HuggingFacePixels):
             request.infer({0: inputs}, share_inputs=True, share_outputs=True)
             output: Array = request.get_output_tensor(0).data
             return output
-        states: list[Array] = [np.empty(0, np.float32)] * len(parts)
-
-        def keep(request: openvino.InferRequest, index: int) -> None:
-            states[index] = request.get_output_tensor(0).data.copy()
-
         for index, part in enumerate(parts):
-            queue = self.queues[len(part)]
-            queue.set_callback(keep)
-            queue.start_async({0: part}, userdata=index, share_inputs=True)
+            self.queues[len(part)].start_async({0: part}, userdata=index, share_inputs=True)
         for queue in self.queues.values():
             queue.wait_all()
-        return np.concatenate(states)
+        return np.concatenate([self.states[index] for index in range(len(parts))])

@@ -35,11 +35,15 @@ class OptimumOrt(HuggingFacePixels):
         options.intra_op_num_threads = self.context.threads
         options.log_severity_level = 3
         if self.context.family == "clip":
-            directory, file = self.context.artifacts / "optimum" / self.context.model, "model.onnx"
+            directory, subfolder = self.context.artifacts / "optimum" / self.context.model, ""
         else:
-            directory, file = self.context.bundle, "onnx/model.onnx"
+            directory, subfolder = self.context.bundle, "onnx"
         self.model = ORTModelForFeatureExtraction.from_pretrained(
-            directory, file_name=file, session_options=options, local_files_only=True
+            directory,
+            file_name="model.onnx",
+            subfolder=subfolder,
+            session_options=options,
+            local_files_only=True,
         )
 
     def put(self, pixel_values: Array) -> torch.Tensor:
