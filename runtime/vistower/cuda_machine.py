@@ -189,17 +189,20 @@ def provider_libraries(provider: str) -> tuple[Library, ...]:
     path = capi / PROVIDER_FILES[provider]
     if not path.is_file():
         return ()
-    found = []
-    for name in needed_libraries(path):
-        if name == DRIVER_LIBRARY or CUDA_LIBRARY.fullmatch(name) is None:
-            continue
-        try:
-            load_library(name)
-        except OSError as error:
-            found.append(Library(name, str(error)))
-        else:
-            found.append(Library(name, None))
-    return tuple(found)
+    return tuple(
+        look_for(name)
+        for name in needed_libraries(path)
+        if name != DRIVER_LIBRARY and CUDA_LIBRARY.fullmatch(name)
+    )
+
+
+def look_for(name: str) -> Library:
+    """Whether a shared library can be loaded."""
+    try:
+        load_library(name)
+    except OSError as error:
+        return Library(name, str(error))
+    return Library(name, None)
 
 
 def needed_libraries(path: Path) -> tuple[str, ...]:
