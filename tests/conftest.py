@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,34 @@ import torch
 import transformers
 
 from fake_gpu import gpu  # noqa: F401
+from vistower.cuda_machine import problems
+from vistower.device import Device
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
 from vistower_export.towers import CLIP, DINOV3, TowerFamily
 
 # optimum-onnx needs transformers 4.57: scripts/test runs its test in that environment.
 collect_ignore = [] if importlib.util.find_spec("optimum") else ["test_optimum.py"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu", action="store_true", help="Fail, not skip, where a GPU test cannot run."
+    )
+
+
+@lru_cache(maxsize=1)
+def no_gpu() -> str:
+    """Why CUDA cannot be had here; empty where it can."""
+    return "; ".join(map(str, problems(Device("cuda"))))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or not no_gpu():
+        return
+    if item.config.getoption("--require-gpu"):
+        pytest.fail(f"--require-gpu: {no_gpu()}", pytrace=False)
+    pytest.skip(no_gpu())
 
 
 def tiny_checkpoint(directory: Path, family: TowerFamily, *, seed: int = 0, **changes: Any) -> Path:
