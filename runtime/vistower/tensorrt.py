@@ -35,7 +35,7 @@ TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 class EngineKey:
     """What a TensorRT engine depends on; it is of no use where one of these differs.
 
-    ``model`` is the SHA-256 of the graph's files, ``gpu`` its name and compute capability,
+    ``model`` is the start of the SHA-256 of each of the graph's files, ``gpu`` its name and compute capability,
     ``versions`` those of ONNX Runtime and TensorRT, ``batch`` the largest batch.
     """
 
@@ -49,13 +49,14 @@ class EngineKey:
     def directory(self) -> str:
         """One directory name, readable and safe in a file system."""
         tf32 = "-tf32" if self.tf32 else ""
-        text = f"{self.model[:16]}-{self.gpu}-{self.versions}-batch{self.batch}{tf32}"
+        text = f"{self.model}-{self.gpu}-{self.versions}-batch{self.batch}{tf32}"
         return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
 
 
 def engine_key(graph: Path, device: Device, options: SessionOptions) -> EngineKey:
     """The key of a graph's engine on a device of this machine."""
-    files = [graph, graph.with_name(f"{graph.name}_data")]
+    # Weights beside the graph: which of these files it names does not matter for a key.
+    files = [graph, *sorted(graph.parent.glob("*_data"))]
     found = driver()
     if isinstance(found, Driver) and device.index < len(found.gpus):
         gpu = found.gpus[device.index]
@@ -63,7 +64,7 @@ def engine_key(graph: Path, device: Device, options: SessionOptions) -> EngineKe
     else:
         name = "unknown-gpu"
     return EngineKey(
-        model="".join(sha256(file)[:8] for file in files if file.is_file()),
+        model="".join(sha256(file)[:8] for file in files),
         gpu=name,
         versions=f"ort{onnxruntime().__version__}-trt{_tensorrt_version()}",
         batch=max(options.buckets, default=MAX_BATCH),
