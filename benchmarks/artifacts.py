@@ -60,8 +60,8 @@ def write_pictures(root: Path) -> list[Path]:
 def write_reference(root: Path, model: Model, files: Sequence[Path]) -> None:
     """What torch eager in float32 makes of the pictures, and for CLIP of Pillow's pixels too.
 
-    ``pixel_values`` (8, 3, H, W), ``tokens`` (8, T, D) and for CLIP ``projected`` (8, 512): the
-    normalized projection of the pooled CLS token, for fastembed.
+    ``pixel_values`` (8, 3, H, W), ``tokens`` (8, T, D), ``features`` (the same without register
+    tokens) and for CLIP ``projected`` (8, 512): the normalized projection of the pooled CLS token.
     """
     import torch
 
@@ -84,7 +84,13 @@ def write_reference(root: Path, model: Model, files: Sequence[Path]) -> None:
         return values, output.last_hidden_state, output.pooler_output
 
     values, tokens, _ = state("torchvision")
-    arrays = {"pixel_values": values.numpy(), "tokens": tokens.numpy()}
+    registers = getattr(tower.config, "num_register_tokens", 0)
+    features = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)
+    arrays = {
+        "pixel_values": values.numpy(),
+        "tokens": tokens.numpy(),
+        "features": features.numpy(),
+    }
     if model.family == "clip":
         projected = state("pil")[2].numpy() @ projection(model)
         arrays["projected"] = projected / np.linalg.norm(projected, axis=1, keepdims=True)
@@ -182,7 +188,8 @@ def graphs(root: Path, names: Sequence[str]) -> dict[str, str]:
     found: list[dict[str, str]] = []
     for name in names:
         manifest = json.loads((root / "bundles" / name / "vistower.json").read_text("utf-8"))
-        found.append({kind: graph["precision"] for kind, graph in manifest["graphs"].items()})
+        # `ort@512x768` is another resolution's.
+        found.append({k: g["precision"] for k, g in manifest["graphs"].items() if "@" not in k})
     return {kind: found[0][kind] for kind in found[0] if all(kind in other for other in found)}
 
 

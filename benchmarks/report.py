@@ -10,7 +10,7 @@ from benchmarks.results import Run, Summary, summaries
 REFERENCE = {"cpu": "torch", "cuda": "torch-fp32"}
 """The backend the ratios are against."""
 
-TASKS = {"model": "pixel_values → tokens", "files": "JPEG file → tokens"}
+TASKS = {"model": "pixel_values → tokens", "files": "JPEG file → embedding"}
 
 
 def markdown(run: Run) -> str:
@@ -117,22 +117,12 @@ def _speed(run: Run, found: Sequence[Summary], task: str) -> str:
 
 def _share(run: Run, summary: Summary, gflops: float) -> str:
     """Share of the fastest product of this precision; int8 has no float32 limit."""
-    precision = run_precision(run, summary.backend)
+    precision = summary.precision
     if precision == "int8" or not run.peaks:
         return "–"
     peaks = run.peaks[0].get("by_precision")
     peak = max(p["by_precision"][precision] for p in run.peaks) if peaks else run.peak_gflops
     return f"{100 * gflops / peak:.0f}"
-
-
-def run_precision(run: Run, backend: str) -> str:
-    """The precision of a backend, from the name of ours or of the others' setting."""
-    kind = backend.removeprefix("vistower-")
-    if kind != backend:
-        precision: str = run.settings["graphs"][kind]
-        return precision
-    last = backend.rpartition("-")[2]
-    return last if last in ("tf32", "bf16", "fp16") else "fp32"
 
 
 def _weight(run: Run, found: Sequence[Summary]) -> str:

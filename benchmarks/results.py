@@ -29,6 +29,7 @@ class Record:
     backend: str
     label: str
     note: str
+    precision: str
     model: str
     round: int
     seconds: float
@@ -116,6 +117,7 @@ class Summary:
     backend: str
     label: str
     note: str
+    precision: str
     model: str
     timings: dict[tuple[str, int], Timing]
     cold: float | None
@@ -149,6 +151,7 @@ def _summary(run: Run, model: str, backend: str) -> Summary:
         backend=backend,
         label=records[0].label,
         note=records[0].note,
+        precision=records[0].precision,
         model=model,
         timings={
             (task, batch): timing

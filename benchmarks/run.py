@@ -201,6 +201,7 @@ def _record(
         backend=entry.name,
         label=entry.label,
         note=entry.note,
+        precision=entry.precision,
         model=name,
         round=number,
         seconds=clock.seconds(),

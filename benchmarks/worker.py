@@ -81,7 +81,7 @@ def sample(call: Callable[[], Any], seconds: float, calls: int) -> list[float]:
 def measure(backend: Backend, job: Job, files: Sequence[Path]) -> dict[str, Any]:
     """Check, then time, each task at each batch size; one that disagrees has no time.
 
-    Tasks: ``model`` is pixel_values → last_hidden_state, ``files`` is JPEG files → the same.
+    Tasks: ``model`` is pixel_values → last_hidden_state, ``files`` is JPEG files → embeddings.
     """
     import numpy as np
 
@@ -100,13 +100,14 @@ def measure(backend: Backend, job: Job, files: Sequence[Path]) -> dict[str, Any]
     for batch in job.batches:
         index = [i % len(files) for i in range(batch)]
         backend.prepare(batch)
-        expected = reference[backend.output][index]
         if backend.model_only:
             inputs = backend.put(np.ascontiguousarray(reference["pixel_values"][index]))
-            verdict = compare(backend.get(backend.run(inputs)), expected, precision)
+            verdict = compare(
+                backend.get(backend.run(inputs)), reference["tokens"][index], precision
+            )
             keep("model", batch, verdict, lambda: backend.run(inputs))  # noqa: B023
         chosen = [files[i] for i in index]
-        verdict = compare(backend.embed(chosen), expected, precision)
+        verdict = compare(backend.embed(chosen), reference[backend.embeds][index], precision)
         keep("files", batch, verdict, lambda: backend.embed(chosen))  # noqa: B023
     return {"agreement": agreement, "times": times}
 

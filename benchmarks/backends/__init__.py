@@ -28,7 +28,6 @@ class Entry:
     precision: str = "fp32"
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: str = "main"
-    devices: tuple[str, ...] = ("cpu",)
     families: tuple[str, ...] = ("clip", "dinov3")
     libraries: tuple[str, ...] = ()
     note: str = ""
@@ -39,6 +38,8 @@ class Entry:
         backend = getattr(importlib.import_module(f"benchmarks.backends.{module}"), name)
         return cast("Backend", backend(context, **self.options))
 
+
+CUDA_GRAPH_BATCHES = (1, 8, 32, 128, 512)
 
 _HF = ("torch", "torchvision", "transformers", "pillow")
 _HF_PIXELS = "pixels from the Hugging Face processor, which needs torch: it has none of its own"
@@ -95,7 +96,6 @@ def _cuda() -> tuple[Entry, ...]:
         shared: dict[str, Any] = {
             "precision": precision,
             "options": options,
-            "devices": ("cuda",),
             "libraries": _HF,
         }
         entries += [
@@ -125,22 +125,55 @@ def entries(device: str, graphs: Mapping[str, str]) -> tuple[Entry, ...]:
 
     ``graphs`` maps the kinds of graph our bundles hold to their precision, read from their
     manifests, so that a new precision appears here by itself. The portable graph is for other
-    runtimes, and half precision for the GPU.
+    runtimes.
     """
-    ours = []
-    for kind, precision in graphs.items():
-        if kind == "portable" or (device == "cpu" and precision not in ("fp32", "int8")):
-            continue
-        ours.append(
-            Entry(
-                f"vistower-{kind}",
-                f"vistower {precision}",
-                "vistower_runtime:Vistower",
-                precision=precision,
-                options={"graph": kind},
-                devices=("cpu", "cuda"),
-                libraries=("vistower", "onnxruntime" if device == "cpu" else "onnxruntime-gpu"),
-            )
+    ours = [
+        entry
+        for kind, precision in graphs.items()
+        if kind != "portable"
+        for entry in (
+            _ours_cpu(kind, precision) if device == "cpu" else _ours_cuda(kind, precision)
         )
-    others = _CPU if device == "cpu" else _cuda()
-    return (*others, *ours)
+    ]
+    return (*(_CPU if device == "cpu" else _cuda()), *ours)
+
+
+def _ours_cpu(kind: str, precision: str) -> tuple[Entry, ...]:
+    """One entry a graph; half precision is for the GPU."""
+    if precision not in ("fp32", "int8"):
+        return ()
+    return (
+        Entry(
+            f"vistower-{kind}",
+            f"vistower {precision}",
+            "vistower_runtime:Vistower",
+            precision=precision,
+            options={"graph": kind},
+            libraries=("vistower", "onnxruntime"),
+        ),
+    )
+
+
+def _ours_cuda(kind: str, precision: str) -> tuple[Entry, ...]:
+    """With and without CUDA graphs, float32 with and without TF32; int8 is for the CPU."""
+    if precision == "int8":
+        return ()
+    entries = []
+    for arithmetic in ("fp32", "tf32") if precision == "fp32" else (precision,):
+        for captured in (False, True):
+            suffix = ", CUDA graphs" if captured else ""
+            entries.append(
+                Entry(
+                    f"vistower-{kind}-{arithmetic}{'-graphs' if captured else ''}",
+                    f"vistower {arithmetic}{suffix}",
+                    "vistower_runtime:Vistower",
+                    precision=arithmetic,
+                    options={
+                        "graph": kind,
+                        "tf32": arithmetic == "tf32",
+                        "cuda_graphs": CUDA_GRAPH_BATCHES if captured else (),
+                    },
+                    libraries=("vistower", "onnxruntime-gpu"),
+                )
+            )
+    return tuple(entries)

@@ -52,11 +52,12 @@ class Context:
 class Backend(ABC):
     """One backend in its process.
 
-    ``output`` names what it computes: ``tokens`` is last_hidden_state (B, T, D), ``projected``
-    the normalized projection of CLIP's pooled CLS token (B, 512).
+    ``embeds`` names what `embed` gives: ``tokens`` is last_hidden_state (B, T, D), ``features``
+    its CLS and patch tokens (B, 1 + N, D), ``projected`` the normalized projection of CLIP's
+    pooled CLS token (B, 512). `run` gives tokens; where ``model_only`` is off there is no `run`.
     """
 
-    output = "tokens"
+    embeds = "tokens"
     model_only = True
 
     def __init__(self, context: Context) -> None:
@@ -75,28 +76,26 @@ class Backend(ABC):
         """Get ready for one batch size, untimed: compile, reshape or capture for it."""
 
     def put(self, pixel_values: Array) -> Any:
-        """Hand over (B, 3, H, W) float32 in the form `run` takes, on the device; untimed."""
+        """Hand over (B, 3, H, W) float32 in the form `run` likes best, in host memory; untimed."""
         return pixel_values
 
-    @abstractmethod
     def run(self, inputs: Any) -> Any:
-        """One forward pass, finished when it returns; timed."""
+        """One forward pass, finished when it returns, tokens left on the device; timed.
+
+        On a GPU it starts with the upload of the pixels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} embeds files only.")
 
     def get(self, outputs: Any) -> Array:
-        """The outputs of `run` as float32 (B, T, D); untimed."""
+        """The outputs of `run` as float32 (B, T, D) in host memory; untimed."""
         return np.asarray(outputs, dtype=np.float32)
 
-    @abstractmethod
-    def open_files(self) -> None:
-        """Load what turns picture files into pixels."""
+    def open_files(self) -> None:  # noqa: B027
+        """Load what turns picture files into pixels, where `open` has not."""
 
     @abstractmethod
-    def pixels(self, files: Sequence[Path]) -> Any:
-        """Picture files → the input of `run`; timed in `embed`."""
-
     def embed(self, files: Sequence[Path]) -> Array:
-        """Picture files → the output as a NumPy array; timed."""
-        return self.get(self.run(self.pixels(files)))
+        """Picture files → what ``embeds`` names, as a NumPy array; timed."""
 
 
 class HuggingFacePixels(Backend):
@@ -109,7 +108,7 @@ class HuggingFacePixels(Backend):
         import transformers
 
         old = int(transformers.__version__.split(".")[0]) < 5
-        self.processor = transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        self.processor = transformers.AutoImageProcessor.from_pretrained(
             self.context.checkpoint, local_files_only=True, **({"use_fast": True} if old else {})
         )
 
@@ -122,3 +121,7 @@ class HuggingFacePixels(Backend):
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
         return self.processor(images=images, return_tensors=self.tensors)["pixel_values"]
+
+    def embed(self, files: Sequence[Path]) -> Array:
+        """Pixels, one forward pass, tokens."""
+        return self.get(self.run(self.pixels(files)))

@@ -16,7 +16,7 @@ from benchmarks.backends.base import Array, Backend
 class FastEmbedClip(Backend):
     """Picture files in, one normalized projected embedding each out; it has no other verb."""
 
-    output = "projected"
+    embeds = "projected"
     model_only = False
 
     def settings(self) -> dict[str, Any]:
@@ -35,17 +35,6 @@ class FastEmbedClip(Backend):
             threads=self.context.threads,
             specific_model_path=str(self.context.projected),
         )
-
-    def run(self, inputs: Any) -> Any:
-        """Not offered by fastembed."""
-        raise NotImplementedError("fastembed embeds files only")
-
-    def open_files(self) -> None:
-        """Its preprocessing came with the model."""
-
-    def pixels(self, files: Sequence[Path]) -> Any:
-        """Not offered by fastembed."""
-        raise NotImplementedError("fastembed embeds files only")
 
     def embed(self, files: Sequence[Path]) -> Array:
         """Its own verb, the whole list as one batch."""
