@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 
 from fake_gpu import OUT_OF_MEMORY, FakeGpu
 from vistower import CLIPMixin, VisionEncoder
-from vistower.cuda_machine import choose_device, needed_libraries, problems
+from vistower.cuda_machine import choose_device, load_library, needed_libraries, problems
 from vistower.device import Device, parse_device, parse_providers
 from vistower.errors import (
     BatchMemoryError,
@@ -211,6 +212,24 @@ def test_linked_libraries_are_read_from_the_file(tmp_path: Path) -> None:
     assert all(name.startswith(("lib", "ld-")) for name in found)
     (tmp_path / "text").write_text("no library")
     assert needed_libraries(tmp_path / "text") == ()
+
+
+def test_libraries_of_nvidias_wheels_are_found_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError, match=r"libcufake\.so\.13: cannot open"):
+        load_library("libcufake.so.13")
+    for folder in ("nvidia/cu13/lib", "tensorrt_libs"):
+        (tmp_path / folder).mkdir(parents=True)
+    # Any loadable library will do.
+    (binding,) = (Path(onnxruntime.__file__).parent / "capi").glob("*shared.so")
+    shutil.copy(binding, tmp_path / "nvidia/cu13/lib/libcufake.so.13")
+    shutil.copy(binding, tmp_path / "tensorrt_libs/libnvfake.so.10")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("nvidia", "tensorrt_libs"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    load_library("libcufake.so.13")
+    load_library("libnvfake.so.10")
 
 
 # Node placement

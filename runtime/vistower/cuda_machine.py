@@ -41,6 +41,9 @@ PROVIDER_FILES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+LOADED_LATER = ("libcudnn.so.9",)
+"""Libraries the CUDA provider loads when it needs them: cuDNN for its attention kernel and Conv."""
+
 CUDA_LIBRARY = re.compile(r"lib(cu|nv)[a-zA-Z]+\.so\.(\d+)")
 """Libraries NVIDIA ships, with their major version: libcublas.so.13, libnvinfer.so.10."""
 
@@ -135,15 +138,24 @@ class DeviceChoice:
 
 
 def load_library(name: str) -> ctypes.CDLL:
-    """Load a shared library by name, TensorRT's from its wheel too; raises OSError naming it."""
+    """Load a shared library by name, from NVIDIA's wheels too; raises OSError naming what misses.
+
+    ONNX Runtime's own preloading looks only beside itself, and not for TensorRT.
+    """
     try:
         return ctypes.CDLL(name)
     except OSError:
-        wheel = importlib.util.find_spec("tensorrt_libs") if name.startswith("libnv") else None
-        for folder in (wheel.submodule_search_locations or ()) if wheel else ():
-            if (path := Path(folder) / name).is_file():
-                return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        for path in _in_wheels(name):
+            # Global: the provider, loaded later, finds it by its name.
+            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         raise
+
+
+def _in_wheels(name: str) -> Iterator[Path]:
+    for package, pattern in (("nvidia", f"*/lib/{name}"), ("tensorrt_libs", name)):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            yield from sorted(Path(folder).glob(pattern))
 
 
 def driver() -> Driver | Problem:
@@ -261,6 +273,9 @@ def problems(device: Device) -> tuple[Problem, ...]:
     libraries = provider_libraries(CUDA_PROVIDER)
     if device.type == "tensorrt":
         libraries += provider_libraries(TENSORRT_PROVIDER)
+    for name in LOADED_LATER:
+        # Only so that it is found when it is needed; without it other kernels are taken.
+        look_for(name)
     return (*_library_problems(libraries), *_driver_problems(device, libraries))
 
 

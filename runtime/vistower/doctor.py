@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from vistower.bundle import cache_directory, find_bundle
 from vistower.cuda_machine import (
+    LOADED_LATER,
     Driver,
     Gpu,
     Library,
@@ -40,9 +41,6 @@ RUNTIME_LIBRARIES = ("vistower", "numpy", "pillow")
 EXPORT_LIBRARIES = ("torch", "torchvision", "transformers", "onnx", "onnx-ir")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 """Instruction sets that decide the speed of ONNX Runtime on x86."""
-
-LOADED_LATER = ("libcudnn.so.9",)
-"""Libraries the CUDA provider loads when it needs them: cuDNN for its attention kernel and Conv."""
 
 GRAPH = Path(__file__).with_name("doctor.onnx")
 """The tiny graph: ``pixel_values`` (B, 3, 4, 8) → rows (B, 3, 32) → product, multi-head attention

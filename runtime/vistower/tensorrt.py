@@ -35,8 +35,8 @@ TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 class EngineKey:
     """What a TensorRT engine depends on; it is of no use where one of these differs.
 
-    ``model`` is the start of the SHA-256 of each of the graph's files, ``gpu`` its name and compute capability,
-    ``versions`` those of ONNX Runtime and TensorRT, ``batch`` the largest batch.
+    ``model`` is the start of the SHA-256 of each of the graph's files, ``gpu`` its name and compute
+    capability, ``versions`` those of ONNX Runtime and TensorRT, ``batch`` the largest batch.
     """
 
     model: str
