@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ from vistower.providers import (
 )
 from vistower.tensorrt import tensorrt_providers
 from vistower.threads import available_cpus
-from vistower.workers import CallingThread, GpuWorker, Worker, gpu_worker
+from vistower.workers import CallingThread, Worker, gpu_worker
 
 logger = logging.getLogger("vistower")
 
@@ -107,14 +108,18 @@ class Session:
         self.graph = graph
         self.options = options or SessionOptions()
         self.threads = threads or available_cpus()
+        self._worker: Worker | None = None
+        if self.device.on_gpu:
+            self._worker = gpu_worker(self.device.index)
+        elif self.options.buckets:
+            self._worker = CallingThread()
         self._session = self._create(asked)
         self._check_provider()
         self._source, self._target = self._ports()
         strict = self.options.strict
         self.placement = read_placement(self._session, self.device, graph, strict=strict)
-        self._worker: Worker | None = None
-        if self.device.on_gpu or self.options.buckets:
-            self._worker, self._memory, self._bound = self._bind()
+        if self._worker is not None:
+            self._memory, self._bound = self._bind(self._worker)
 
     def __reduce__(self) -> tuple[Any, ...]:
         device = "auto" if self._asked is not None else str(self.device)
@@ -149,11 +154,17 @@ class Session:
         if "session.disable_cpu_ep_fallback" in config:
             # ONNX Runtime refuses the two together.
             providers = tuple(one for one in providers if one[0] != CPU_PROVIDER)
+        load = partial(
+            module.InferenceSession,
+            str(self.graph),
+            options,
+            providers=list(providers),
+            # Else it would try the CPU, print so, and hide the error.
+            enable_fallback=0,
+        )
         try:
-            # Without this it would try the CPU, print so, and hide the error.
-            return module.InferenceSession(
-                str(self.graph), options, providers=list(providers), enable_fallback=0
-            )
+            # On the GPU's thread, because it changes the current CUDA device of its thread.
+            return load() if self._worker is None else self._worker.run(load)
         # ONNX Runtime's exceptions share no base class but Exception.
         except Exception as error:
             raise self._why_not(error) from error
@@ -215,26 +226,19 @@ class Session:
             )
         return _port(self.graph, inputs[0]), _port(self.graph, named[OUTPUT])
 
-    def _bind(self) -> tuple[Worker, Memory, BoundRunner]:
-        worker: CallingThread | GpuWorker
-        memory: Memory
-        if self.device.on_gpu:
-            worker = gpu_worker(self.device.index)
-            memory = CudaMemory(self.device.index, worker.run)
-        else:
-            worker, memory = CallingThread(), HostMemory()
-        return (
-            worker,
-            memory,
-            BoundRunner(
-                onnxruntime(),
-                self._session,
-                memory,
-                source=self._source,
-                target=self._target,
-                options=self.options,
-            ),
+    def _bind(self, worker: Worker) -> tuple[Memory, BoundRunner]:
+        memory: Memory = (
+            CudaMemory(self.device.index, worker.run) if self.device.on_gpu else HostMemory()
         )
+        bound = BoundRunner(
+            onnxruntime(),
+            self._session,
+            memory,
+            source=self._source,
+            target=self._target,
+            options=self.options,
+        )
+        return memory, bound
 
     def empty(self, batch_size: int) -> npt.NDArray[Any]:
         """An uninitialized input array (B, 3, H, W) to make a batch in.
