@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fake_gpu import gpu  # noqa: F401
-from vistower.cuda_machine import problems
+from vistower.cuda_problems import problems
 from vistower.device import Device
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle

@@ -201,7 +201,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     machine = FakeGpu()
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: machine.providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", fake_session(machine))
-    monkeypatch.setattr(cuda_machine, "installed_wheels", lambda: machine.wheels)
+    monkeypatch.setattr("vistower.cuda_problems.installed_wheels", lambda: machine.wheels)
     monkeypatch.setattr(cuda_machine, "load_library", machine.load_library)
     monkeypatch.setattr("vistower.tensorrt.load_library", machine.load_library)
     # Any file that exists: what it was linked with is the machine's to say.

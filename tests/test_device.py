@@ -17,7 +17,8 @@ import torch
 
 from fake_gpu import OUT_OF_MEMORY, FakeGpu
 from vistower import CLIPMixin, VisionEncoder
-from vistower.cuda_machine import choose_device, load_library, needed_libraries, problems
+from vistower.cuda_machine import load_library, needed_libraries
+from vistower.cuda_problems import choose_device, problems
 from vistower.device import Device, parse_device, parse_providers
 from vistower.errors import (
     BatchMemoryError,
@@ -258,7 +259,7 @@ def test_strict_where_onnxruntime_cannot_tell(
     clip_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vistower.session.can_read_placement", lambda session: False)
+    monkeypatch.setattr("vistower.loading.can_read_placement", lambda session: False)
     monkeypatch.setattr("vistower.placement.can_read_placement", lambda session: False)
     encoder = VisionEncoder.open(clip_bundle, device="cuda", options=SessionOptions(strict=True))
     assert encoder.session.placement is None  # type: ignore[union-attr]

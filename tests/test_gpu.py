@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from vistower import VisionEncoder
-from vistower.cuda_machine import Driver, compute_capability, driver, problems
+from vistower.cuda_machine import Driver, compute_capability, driver
+from vistower.cuda_problems import problems
 from vistower.device import Device
 from vistower.doctor import diagnose
 from vistower.errors import BatchMemoryError, DeviceMemoryError, NoSuchDeviceError

@@ -1,4 +1,4 @@
-"""What this machine has for CUDA, what is missing, and so which device can be had.
+"""What this machine has for CUDA: driver, GPUs, libraries.
 
 Everything is found without a CUDA toolkit and without torch: the driver is asked through
 ``libcuda``, and the libraries that ONNX Runtime's CUDA provider was linked with are read from the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import logging
 import mmap
 import re
 import struct
@@ -19,18 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from vistower.device import CPU, Device, DeviceLike, parse_device
-from vistower.errors import (
-    CudaLibraryError,
-    DeviceError,
-    DeviceMemoryError,
-    DriverError,
-    NoSuchDeviceError,
-    ProviderMissingError,
-)
-from vistower.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, installed_wheels, onnxruntime
-
-logger = logging.getLogger("vistower")
+from vistower.device import Device
+from vistower.errors import DeviceError, DriverError
+from vistower.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, onnxruntime
 
 DRIVER_LIBRARY = "libcuda.so.1"
 
@@ -58,37 +48,6 @@ DRIVER_ERRORS: Mapping[int, str] = MappingProxyType(
     }
 )
 """Results of ``cuInit`` (``CUresult`` in cuda.h) that have a remedy of their own."""
-
-ORT_SYMPTOMS: tuple[tuple[str, type[DeviceError], str], ...] = (
-    (
-        r"out of memory|Failed to allocate memory|CUDA failure 2:|Available memory of|"
-        r"(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
-        DeviceMemoryError,
-        "free memory on the GPU (nvidia-smi shows who holds it), raise memory_limit, or take "
-        "another device",
-    ),
-    (
-        r"Invalid device [Ii][Dd]|CUDA failure 101",
-        NoSuchDeviceError,
-        "`vistower doctor` lists the GPUs",
-    ),
-    (
-        r"CUDA failure 35|driver version is insufficient",
-        DriverError,
-        "update the NVIDIA driver",
-    ),
-    (
-        r"no kernel image is available|CUDA failure 209",
-        DriverError,
-        "this wheel has no code for so old or so new a GPU: take another onnxruntime-gpu release",
-    ),
-    (
-        r"lib[\w.+-]+: cannot open shared object file",
-        CudaLibraryError,
-        "pip install 'vistower[gpu]' brings the CUDA and cuDNN libraries",
-    ),
-)
-"""Texts of ONNX Runtime's errors → what they mean, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +88,6 @@ class Library:
     error: str | None
 
 
-@dataclass(frozen=True)
-class DeviceChoice:
-    """The device taken, and why it was."""
-
-    device: Device
-    reason: str
-
-
 def load_library(name: str) -> ctypes.CDLL:
     """Load a shared library by name, from NVIDIA's wheels too; raises OSError naming what misses.
 
@@ -172,6 +123,14 @@ def driver() -> Driver | Problem:
     version = _asked(cuda.cuDriverGetVersion)
     gpus = tuple(_gpu(cuda, index) for index in range(_asked(cuda.cuDeviceGetCount)))
     return Driver((version // 1000, version % 1000 // 10), gpus)
+
+
+def compute_capability(device: Device) -> tuple[int, int] | None:
+    """Compute capability (major, minor) of a GPU device; None for others, or where unknown."""
+    found = driver() if device.on_gpu else None
+    if not isinstance(found, Driver) or device.index >= len(found.gpus):
+        return None
+    return found.gpus[device.index].compute_capability
 
 
 def _asked(function: Any, *arguments: Any) -> int:
@@ -250,154 +209,3 @@ def _needed(data: mmap.mmap) -> Iterator[str]:
     for tag, value in entries:
         if tag == _DT_NEEDED:
             yield data[base + value : data.find(b"\0", base + value)].decode()
-
-
-def problems(device: Device) -> tuple[Problem, ...]:
-    """Every reason why a GPU device cannot be had here, the first being the one to raise.
-
-    Looked at: the wheels installed, the providers compiled in, the libraries the provider was
-    linked with, the driver, its CUDA version against the libraries', and the device index.
-    """
-    wheels = installed_wheels()
-    if len(wheels) > 1:
-        found = "both onnxruntime and onnxruntime-gpu are installed, and they overwrite each other"
-        remedy = "pip uninstall both, then pip install 'vistower[gpu]'"
-        return (Problem(ProviderMissingError, found, remedy),)
-    module = onnxruntime()
-    if device.provider not in module.get_available_providers():
-        which = ", ".join(wheels) or "onnxruntime"
-        what = "CUDA" if device.type == "cuda" else "TensorRT"
-        found = f"the installed wheel {which} {module.__version__} is built without {what}"
-        remedy = f"pip uninstall {which}, then pip install 'vistower[gpu]'"
-        return (Problem(ProviderMissingError, found, remedy),)
-    libraries = provider_libraries(CUDA_PROVIDER)
-    if device.type == "tensorrt":
-        libraries += provider_libraries(TENSORRT_PROVIDER)
-    for name in LOADED_LATER:
-        # Only so that it is found when it is needed; without it other kernels are taken.
-        look_for(name)
-    return (*_library_problems(libraries), *_driver_problems(device, libraries))
-
-
-def _library_problems(libraries: tuple[Library, ...]) -> Iterator[Problem]:
-    missing = tuple(dict.fromkeys(library.name for library in libraries if library.error))
-    tensorrt = tuple(name for name in missing if name.startswith("libnv"))
-    cuda = tuple(name for name in missing if name not in tensorrt)
-    others = [other for name in cuda for other in _other_majors(name)]
-    if others:
-        yield Problem(
-            CudaLibraryError,
-            f"the provider needs {', '.join(cuda)}, and this machine has {', '.join(others)}, of "
-            f"another major version",
-            "pip install 'vistower[gpu]' brings the right ones; or install the onnxruntime-gpu "
-            "release built for the version here",
-        )
-    elif cuda:
-        yield Problem(
-            CudaLibraryError,
-            f"the provider needs {', '.join(cuda)}, which cannot be loaded",
-            "pip install 'vistower[gpu]' brings the CUDA and cuDNN libraries",
-        )
-    if tensorrt:
-        yield Problem(
-            CudaLibraryError,
-            f"the TensorRT provider needs {', '.join(tensorrt)}, which cannot be loaded",
-            "pip install the tensorrt wheel of that major version",
-        )
-
-
-def _other_majors(name: str) -> Iterator[str]:
-    """The same library of the two majors before and after, where it can be loaded."""
-    match = cast("re.Match[str]", CUDA_LIBRARY.fullmatch(name))
-    major = int(match[2])
-    for other in (major - 1, major + 1, major - 2, major + 2):
-        candidate = name.replace(f".so.{major}", f".so.{other}")
-        try:
-            load_library(candidate)
-        except OSError:
-            continue
-        yield candidate
-
-
-def _driver_problems(device: Device, libraries: tuple[Library, ...]) -> Iterator[Problem]:
-    found = driver()
-    if isinstance(found, Problem):
-        yield found
-        return
-    runtime = next((x.name for x in libraries if x.name.startswith("libcudart.so.")), None)
-    # Minor versions are compatible: a driver that serves 13.0 runs any 13.x.
-    needed = int(runtime.rpartition(".")[2]) if runtime else 0
-    if found.cuda_version[0] < needed:
-        version = ".".join(map(str, found.cuda_version))
-        yield Problem(
-            DriverError,
-            f"the NVIDIA driver serves CUDA {version}, and this wheel needs CUDA {needed}",
-            "update the driver, or install the onnxruntime-gpu release built for CUDA "
-            f"{found.cuda_version[0]}",
-        )
-    if device.index >= len(found.gpus):
-        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in found.gpus) or "none"
-        yield Problem(
-            NoSuchDeviceError,
-            f"there is no GPU {device.index}; there are: {there}",
-            "take one of these, and look at CUDA_VISIBLE_DEVICES",
-        )
-
-
-def choose_device(device: DeviceLike = "auto") -> DeviceChoice:
-    """What a device request takes here, and why; ``auto`` is CUDA where it can be had, else CPU.
-
-    Raises:
-        DeviceError: the request is malformed, or the device cannot be had. Its subclass and its
-            message say why: see `problems`.
-    """
-    wanted = parse_device(device)
-    if wanted is None:
-        found = problems(Device("cuda"))
-        if found:
-            choice = DeviceChoice(CPU, f"no CUDA: {'; '.join(map(str, found))}")
-        else:
-            choice = DeviceChoice(Device("cuda"), "a CUDA device can be used")
-        logger.debug("device auto takes %s: %s", choice.device, choice.reason)
-        return choice
-    require_device(wanted)
-    return DeviceChoice(wanted, "asked for")
-
-
-def require_device(device: Device) -> None:
-    """Raise if a GPU device cannot be had, with every reason.
-
-    Raises:
-        DeviceError: see `problems`.
-    """
-    if device.on_gpu and (found := problems(device)):
-        reasons = "; ".join(map(str, found))
-        raise found[0].error(f"device={str(device)!r} was asked for, but {reasons}.")
-
-
-def compute_capability(device: Device) -> tuple[int, int] | None:
-    """Compute capability (major, minor) of a GPU device; None for others, or where unknown."""
-    found = driver() if device.on_gpu else None
-    if not isinstance(found, Driver) or device.index >= len(found.gpus):
-        return None
-    return found.gpus[device.index].compute_capability
-
-
-def symptom(text: str) -> Problem | None:
-    """What an error text of ONNX Runtime says about the device; None if nothing known."""
-    for pattern, error, remedy in ORT_SYMPTOMS:
-        if re.search(pattern, text):
-            return Problem(error, first_line(text), remedy)
-    return None
-
-
-def first_line(text: str) -> str:
-    """The first line of an error text: ONNX Runtime appends a stack."""
-    return next(iter(text.strip().splitlines()), "no message")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of ONNX Runtime, NumPy or CUDA says that memory ran out."""
-    if isinstance(error, MemoryError):
-        return True
-    return re.search(f"{ORT_SYMPTOMS[0][0]}|bad.?alloc", str(error)) is not None

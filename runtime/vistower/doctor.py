@@ -23,12 +23,11 @@ from vistower.cuda_machine import (
     Driver,
     Gpu,
     Library,
-    choose_device,
     driver,
     look_for,
-    problems,
     provider_libraries,
 )
+from vistower.cuda_problems import choose_device, problems
 from vistower.device import CPU, Device, parse_device
 from vistower.errors import VistowerError
 from vistower.golden import replay

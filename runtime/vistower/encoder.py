@@ -15,7 +15,7 @@ from PIL import Image
 
 from vistower.binding import Warmed
 from vistower.bundle import Bundle, find_bundle
-from vistower.cuda_machine import DeviceChoice, choose_device
+from vistower.cuda_problems import DeviceChoice, choose_device
 from vistower.device import DeviceLike, ProviderLike, parse_providers
 from vistower.errors import DeviceError, EmptyInputError, ImageFormatError
 from vistower.finite import FiniteGuard

@@ -54,6 +54,11 @@ class Replicas:
         return tuple(session.device for session in self.sessions)
 
     @property
+    def threads(self) -> int:
+        """CPU threads inside one run of one device."""
+        return self.sessions[0].threads
+
+    @property
     def provider(self) -> str:
         """Their execution providers, each once."""
         return ", ".join(dict.fromkeys(session.provider for session in self.sessions))

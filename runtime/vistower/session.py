@@ -6,56 +6,31 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from vistower.binding import BoundRunner, Port, Warmed
-from vistower.cuda_machine import (
+from vistower.binding import BoundRunner, Warmed
+from vistower.cuda_problems import (
     DeviceChoice,
     choose_device,
     first_line,
     out_of_memory,
-    problems,
     require_device,
-    symptom,
 )
 from vistower.device import Device, DeviceLike, ProviderLike, parse_providers
-from vistower.errors import (
-    BatchMemoryError,
-    BundleCorruptError,
-    DeviceError,
-    InferenceError,
-    NodePlacementError,
-)
+from vistower.errors import BatchMemoryError, DeviceError, InferenceError
+from vistower.loading import INPUT, OUTPUT, Loading
 from vistower.memory import CudaMemory, HostMemory, Memory
-from vistower.ort import CPU_PROVIDER, LOG_ERRORS_ONLY, onnxruntime
+from vistower.ort import onnxruntime
 from vistower.output import DeviceArray
-from vistower.placement import can_read_placement, read_placement
-from vistower.providers import (
-    Providers,
-    SessionOptions,
-    device_providers,
-    merged,
-    session_config,
-)
-from vistower.tensorrt import tensorrt_providers
+from vistower.providers import Providers, SessionOptions
 from vistower.threads import available_cpus
 from vistower.workers import CallingThread, Worker, gpu_worker
 
 logger = logging.getLogger("vistower")
-
-INPUT = "pixel_values"
-OUTPUT = "last_hidden_state"
-
-DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(uint8)": np.dtype(np.uint8),
-}
 
 
 class Session:
@@ -113,11 +88,10 @@ class Session:
             self._worker = gpu_worker(self.device.index)
         elif self.options.buckets:
             self._worker = CallingThread()
-        self._session = self._create(asked)
-        self._check_provider()
-        self._source, self._target = self._ports()
-        strict = self.options.strict
-        self.placement = read_placement(self._session, self.device, graph, strict=strict)
+        loading = Loading(graph, self.device, self.options, self.threads, asked)
+        loaded = loading.load(self._worker)
+        self._session, self.placement = loaded.session, loaded.placement
+        self._source, self._target = loaded.source, loaded.target
         if self._worker is not None:
             self._memory, self._bound = self._bind(self._worker)
 
@@ -139,92 +113,6 @@ class Session:
     def input_dtype(self) -> np.dtype[Any]:
         """What the graph takes: float32 ``pixel_values``, or uint8 before normalization."""
         return self._source.dtype
-
-    def _create(self, asked: Providers | None) -> Any:
-        module = onnxruntime()
-        options = module.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = LOG_ERRORS_ONLY
-        can_tell = can_read_placement(module.InferenceSession)
-        config = session_config(self.device, self.options, read_placement=can_tell)
-        for key, value in config.items():
-            options.add_session_config_entry(key, value)
-        providers = self._providers(asked)
-        if "session.disable_cpu_ep_fallback" in config:
-            # ONNX Runtime refuses the two together.
-            providers = tuple(one for one in providers if one[0] != CPU_PROVIDER)
-        load = partial(
-            module.InferenceSession,
-            str(self.graph),
-            options,
-            providers=list(providers),
-            # Else it would try the CPU, print so, and hide the error.
-            enable_fallback=0,
-        )
-        try:
-            # On the GPU's thread, because it changes the current CUDA device of its thread.
-            return load() if self._worker is None else self._worker.run(load)
-        # ONNX Runtime's exceptions share no base class but Exception.
-        except Exception as error:
-            raise self._why_not(error) from error
-
-    def _providers(self, asked: Providers | None) -> Providers:
-        if self.device.provider == self.device.type:
-            return asked or ()
-        if self.device.type == "tensorrt":
-            if self.options.cuda_graphs:
-                raise DeviceError(
-                    "cuda_graphs is for device='cuda': TensorRT's provider captures one graph for "
-                    "one shape. Leave it out."
-                )
-            ours = tensorrt_providers(self.device, self.options, self.graph)
-        else:
-            ours = device_providers(self.device, self.options)
-        return ours if asked is None else merged(asked, ours)
-
-    def _why_not(self, error: Exception) -> Exception:
-        """The error to raise where ONNX Runtime raised one while loading."""
-        text = str(error)
-        if "explicitly disabled" in text and self.options.strict:
-            return NodePlacementError(
-                f"strict: part of {self.graph} would run on the CPU. A newer onnxruntime-gpu (1.24 "
-                f"or so) names the nodes; the fused graph (graph='ort') has none."
-            )
-        if self.device.type == "cpu":
-            return BundleCorruptError(
-                f"{self.graph} cannot be loaded by ONNX Runtime {onnxruntime().__version__}: "
-                f"{first_line(text)}. Check it with `vistower verify`, or export the bundle again."
-            )
-        known = symptom(text)
-        if known is None:
-            return DeviceError(
-                f"No session on {self.device} for {self.graph}: {first_line(text)}. `vistower "
-                f"doctor` says whether the device works at all."
-            )
-        return known.error(f"No session on {self.device} for {self.graph}: {known}.")
-
-    def _check_provider(self) -> None:
-        if self.provider == self.device.provider:
-            return
-        found = problems(self.device) if self.device.on_gpu else ()
-        reasons = "; ".join(map(str, found)) or "`vistower doctor --debug` shows what it logs"
-        error = found[0].error if found else DeviceError
-        raise error(
-            f"{str(self.device)!r} was asked for, but ONNX Runtime made a session with "
-            f"{self.provider}: {reasons}."
-        )
-
-    def _ports(self) -> tuple[Port, Port]:
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        named = {node.name: node for node in outputs}
-        if [node.name for node in inputs] != [INPUT] or OUTPUT not in named:
-            raise BundleCorruptError(
-                f"{self.graph} has inputs {[node.name for node in inputs]} and outputs "
-                f"{list(named)}; a vision tower has the input {INPUT} and the output {OUTPUT}. For "
-                f"CLIP, export the vision model (CLIPVisionModel), not text and vision together."
-            )
-        return _port(self.graph, inputs[0]), _port(self.graph, named[OUTPUT])
 
     def _bind(self, worker: Worker) -> tuple[Memory, BoundRunner]:
         memory: Memory = (
@@ -388,17 +276,6 @@ class Session:
                 "This session was made in another process and its threads did not survive the "
                 "fork. Open the encoder in the worker, or use the 'spawn' start method."
             )
-
-
-def _port(graph: Path, node: Any) -> Port:
-    if (dtype := DTYPES.get(node.type)) is None or not all(
-        isinstance(size, int) for size in node.shape[1:]
-    ):
-        raise BundleCorruptError(
-            f"{graph}: {node.name} is {node.type} {node.shape}; known are {', '.join(DTYPES)} with "
-            f"every size but the batch fixed."
-        )
-    return Port(node.name, dtype, tuple(node.shape[1:]))
 
 
 def _load(

@@ -1,0 +1,169 @@
+"""Loads a graph into ONNX Runtime, and makes sure that it got what was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vistower.binding import Port
+from vistower.cuda_problems import first_line, problems, symptom
+from vistower.device import Device
+from vistower.errors import BundleCorruptError, DeviceError, NodePlacementError
+from vistower.ort import CPU_PROVIDER, LOG_ERRORS_ONLY, onnxruntime
+from vistower.placement import NodePlacement, can_read_placement, read_placement
+from vistower.providers import (
+    Providers,
+    SessionOptions,
+    device_providers,
+    merged,
+    session_config,
+)
+from vistower.tensorrt import tensorrt_providers
+from vistower.workers import Worker
+
+INPUT = "pixel_values"
+OUTPUT = "last_hidden_state"
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(uint8)": np.dtype(np.uint8),
+}
+"""Types a graph's input and output may have, as ONNX Runtime spells them."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """ONNX Runtime's session, the graph's input and output, and where its nodes went."""
+
+    session: Any
+    source: Port
+    target: Port
+    placement: NodePlacement | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What is loaded, where and how; ``providers`` are the user's own, None for ours."""
+
+    graph: Path
+    device: Device
+    options: SessionOptions
+    threads: int
+    providers: Providers | None
+
+    def load(self, worker: Worker | None) -> Loaded:
+        """Load the graph and check the session.
+
+        Args:
+            worker: of the GPU; None to load in the calling thread.
+
+        Raises:
+            DeviceError: the device cannot be had.
+            BundleCorruptError: the graph cannot be loaded or has other inputs or outputs.
+        """
+        session = self._create(worker)
+        self._check_provider(session)
+        source, target = self._ports(session)
+        strict = self.options.strict
+        placement = read_placement(session, self.device, self.graph, strict=strict)
+        return Loaded(session, source, target, placement)
+
+    def _create(self, worker: Worker | None) -> Any:
+        module = onnxruntime()
+        options = module.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = LOG_ERRORS_ONLY
+        can_tell = can_read_placement(module.InferenceSession)
+        config = session_config(self.device, self.options, read_placement=can_tell)
+        for key, value in config.items():
+            options.add_session_config_entry(key, value)
+        providers = self._providers()
+        if "session.disable_cpu_ep_fallback" in config:
+            # ONNX Runtime refuses the two together.
+            providers = tuple(one for one in providers if one[0] != CPU_PROVIDER)
+        load = partial(
+            module.InferenceSession,
+            str(self.graph),
+            options,
+            providers=list(providers),
+            # Else it would try the CPU, print so, and hide the error.
+            enable_fallback=0,
+        )
+        try:
+            # On the GPU's thread, because it changes the current CUDA device of its thread.
+            return load() if worker is None else worker.run(load)
+        # ONNX Runtime's exceptions share no base class but Exception.
+        except Exception as error:
+            raise self._why_not(error) from error
+
+    def _providers(self) -> Providers:
+        if self.device.provider == self.device.type:
+            return self.providers or ()
+        if self.device.type == "tensorrt":
+            if self.options.cuda_graphs:
+                raise DeviceError(
+                    "cuda_graphs is for device='cuda': TensorRT's provider captures one graph for "
+                    "one shape. Leave it out."
+                )
+            ours = tensorrt_providers(self.device, self.options, self.graph)
+        else:
+            ours = device_providers(self.device, self.options)
+        return ours if self.providers is None else merged(self.providers, ours)
+
+    def _why_not(self, error: Exception) -> Exception:
+        """The error to raise where ONNX Runtime raised one."""
+        text = str(error)
+        if "explicitly disabled" in text and self.options.strict:
+            return NodePlacementError(
+                f"strict: part of {self.graph} would run on the CPU. A newer onnxruntime-gpu (1.24 "
+                f"or so) names the nodes; the fused graph (graph='ort') has none."
+            )
+        if self.device.type == "cpu":
+            return BundleCorruptError(
+                f"{self.graph} cannot be loaded by ONNX Runtime {onnxruntime().__version__}: "
+                f"{first_line(text)}. Check it with `vistower verify`, or export the bundle again."
+            )
+        known = symptom(text)
+        if known is None:
+            return DeviceError(
+                f"No session on {self.device} for {self.graph}: {first_line(text)}. `vistower "
+                f"doctor` says whether the device works at all."
+            )
+        return known.error(f"No session on {self.device} for {self.graph}: {known}.")
+
+    def _check_provider(self, session: Any) -> None:
+        active = session.get_providers()[0]
+        if active == self.device.provider:
+            return
+        found = problems(self.device) if self.device.on_gpu else ()
+        reasons = "; ".join(map(str, found)) or "nothing that vistower knows of is missing"
+        error = found[0].error if found else DeviceError
+        raise error(
+            f"{str(self.device)!r} was asked for, but ONNX Runtime made a session with "
+            f"{active}: {reasons}. `vistower doctor` shows what there is."
+        )
+
+    def _ports(self, session: Any) -> tuple[Port, Port]:
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        named = {node.name: node for node in outputs}
+        if [node.name for node in inputs] != [INPUT] or OUTPUT not in named:
+            raise BundleCorruptError(
+                f"{self.graph} has inputs {[node.name for node in inputs]} and outputs "
+                f"{list(named)}; a vision tower has the input {INPUT} and the output {OUTPUT}. For "
+                f"CLIP, export the vision model (CLIPVisionModel), not text and vision together."
+            )
+        return self._port(inputs[0]), self._port(named[OUTPUT])
+
+    def _port(self, node: Any) -> Port:
+        dtype, shape = DTYPES.get(node.type), tuple(node.shape[1:])
+        if dtype is None:
+            raise BundleCorruptError(
+                f"{self.graph}: {node.name} is a {node.type}; known are {', '.join(DTYPES)}."
+            )
+        return Port(node.name, dtype, shape)
