@@ -207,9 +207,10 @@ def test_verify_names_the_first_difference(
     if damage == "graph":
         graph.write_bytes(graph.read_bytes() + b"x")
     elif damage == "weights":
-        data = bytearray(graph.read_bytes())
+        weights = bundle / "onnx/model.onnx_data"
+        data = bytearray(weights.read_bytes())
         data[len(data) // 2] ^= 1
-        graph.write_bytes(data)
+        weights.write_bytes(data)
     elif damage == "missing":
         graph.unlink()
     elif damage == "manifest":
@@ -219,7 +220,7 @@ def test_verify_names_the_first_difference(
         golden = bundle / "golden/golden.npz"
         with np.load(golden) as loaded:
             arrays = dict(loaded)
-        arrays["eye-137x91/last_hidden_state"][0, 3, 5] += 1
+        arrays["eye-137x91@224x224/last_hidden_state"][0, 3, 5] += 1
         np.savez(golden, **arrays)
         from vistower.bundle import sha256
 

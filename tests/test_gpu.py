@@ -250,7 +250,7 @@ def test_the_attention_kernel(bundle: Path) -> None:
     # fp32 has no flash kernel; which of these it is depends on the sequence length.
     assert fp32 <= {"EFFICIENT_ATTENTION", "MATH", "TRT_FUSED_ATTENTION"}
     for kind, precision in half_graphs(bundle):
-        graph = encoder.bundle.graph(kind)
+        graph = encoder.bundle.graph(kind).path
         for batch_size in (1, 32):
             found = attention_kernels(graph, batch_size)
             assert found, precision

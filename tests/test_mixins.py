@@ -196,7 +196,7 @@ def test_attributes_and_one_log_line(clip_bundle: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, logger="vistower"):
         mixin = CLIPMixin(model_path=str(clip_bundle), device=torch.device("cpu"))
     assert [record.getMessage() for record in caplog.records] == [
-        "random-weight tiny-clip on cpu (CPUExecutionProvider)"
+        "random-weight tiny-clip, graph ort, on cpu (CPUExecutionProvider)"
     ]
     assert mixin.device == "cpu"
     assert mixin.processor(SAMPLES[0]).shape == (3, 224, 224)

@@ -12,17 +12,18 @@ That it computes the same thing is not assumed: the parity gate compares it with
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 
+from vistower_export.forms import HALVES, Dialect, GraphForm
+from vistower_export.quantize import LEVELS, Quantization
 from vistower_export.towers import TowerConfig
-from vistower_export.weights import Layer, Linear, Norm, Tower
-
-GraphKind = Literal["portable", "ort"]
+from vistower_export.weights import Levels, Linear, Norm, Product, Tower
+from vistower_export.writer import MICROSOFT, Writer
 
 OPSET = 20
 """First opset with Gelu as one operator."""
@@ -34,71 +35,14 @@ QUICK_GELU_ALPHA = 1.702
 """CLIP's ``x * sigmoid(1.702 x)``; SiLU is the same operator with 1."""
 
 
-class _Writer:
-    """A tape of nodes with named values and lazily made initializers."""
-
-    def __init__(self) -> None:
-        self._tape = Tape()
-
-    @property
-    def nodes(self) -> Sequence[ir.Node]:
-        return self._tape.nodes
-
-    @property
-    def initializers(self) -> Sequence[ir.Value]:
-        return self._tape.initializers
-
-    def op(
-        self, op_type: str, name: str, *inputs: ir.Value, domain: str = "", **attributes: Any
-    ) -> ir.Value:
-        output = self._tape.op(op_type, list(inputs), attributes or None, domain=domain, name=name)
-        output.name = name
-        return output
-
-    def split(self, name: str, value: ir.Value) -> Sequence[ir.Value]:
-        """Two halves along the last axis."""
-        outputs = self._tape.op_multi_out(
-            "Split", [value], {"axis": -1, "num_outputs": 2}, num_outputs=2, name=name
-        )
-        for index, output in enumerate(outputs):
-            output.name = f"{name}.{index}"
-        return outputs
-
-    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        return self._tape.initializer(ir.tensor(array, name=name), name=name)
-
-    def weight(self, name: str, linear: Linear) -> ir.Value:
-        tensor = ir.LazyTensor(
-            lambda: ir.tensor(linear.weight(), name=name),
-            dtype=ir.DataType.FLOAT,
-            shape=ir.Shape(linear.shape),
-            name=name,
-        )
-        return self._tape.initializer(tensor, name=name)
-
-    def product(self, name: str, value: ir.Value, linear: Linear) -> ir.Value:
-        return self.op("MatMul", f"{name}.matmul", value, self.weight(f"{name}.weight", linear))
-
-    def linear(self, name: str, value: ir.Value, linear: Linear) -> ir.Value:
-        out = self.product(name, value, linear)
-        if linear.bias is None:
-            return out
-        return self.op("Add", f"{name}.add", out, self.constant(f"{name}.bias", linear.bias))
-
-    def norm(self, name: str, value: ir.Value, norm: Norm, eps: float) -> ir.Value:
-        scale = self.constant(f"{name}.weight", norm.scale)
-        bias = self.constant(f"{name}.bias", norm.bias)
-        return self.op(
-            "LayerNormalization", f"{name}.norm", value, scale, bias, axis=-1, epsilon=eps
-        )
-
-
 class _Dialect(ABC):
     """How one family of operators spells attention and the activations."""
 
-    def __init__(self, writer: _Writer, tower: Tower) -> None:
+    def __init__(self, writer: Writer, tower: Tower, form: GraphForm) -> None:
         self.writer = writer
+        self.form = form
         self.config: TowerConfig = tower.config
+        self.eps = tower.config.layer_norm_eps
 
     @abstractmethod
     def attention(self, name: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
@@ -108,10 +52,22 @@ class _Dialect(ABC):
     def activation(self, name: str, value: ir.Value, linear: Linear) -> ir.Value:
         """The projection ``linear`` of ``value``, then the tower's activation."""
 
+    @abstractmethod
+    def residual(
+        self,
+        name: str,
+        value: ir.Value,
+        inner: ir.Value,
+        linear: Linear,
+        norm_name: str,
+        norm: Norm,
+    ) -> tuple[ir.Value, ir.Value]:
+        """``value`` plus the projection ``linear`` of ``inner``: the sum, and the sum normed."""
+
 
 class _Portable(_Dialect):
-    def __init__(self, writer: _Writer, tower: Tower) -> None:
-        super().__init__(writer, tower)
+    def __init__(self, writer: Writer, tower: Tower, form: GraphForm) -> None:
+        super().__init__(writer, tower, form)
         config = self.config
         self._heads = writer.constant(
             "shape.heads", np.array([0, 0, config.num_attention_heads, config.head_dim], np.int64)
@@ -175,10 +131,24 @@ class _Portable(_Dialect):
         gate = writer.op("Sigmoid", f"{name}.sigmoid", gate)
         return writer.op("Mul", f"{name}.{self.config.activation}", value, gate)
 
+    def residual(
+        self,
+        name: str,
+        value: ir.Value,
+        inner: ir.Value,
+        linear: Linear,
+        norm_name: str,
+        norm: Norm,
+    ) -> tuple[ir.Value, ir.Value]:
+        writer = self.writer
+        out = writer.linear(name, inner, linear)
+        total = writer.op("Add", f"{name}.residual", value, out)
+        return total, writer.norm(norm_name, total, norm, self.eps)
+
 
 class _Ort(_Dialect):
-    def __init__(self, writer: _Writer, tower: Tower) -> None:
-        super().__init__(writer, tower)
+    def __init__(self, writer: Writer, tower: Tower, form: GraphForm) -> None:
+        super().__init__(writer, tower, form)
         self._rotary: tuple[ir.Value, ir.Value, ir.Value] | None = None
         if tower.rotary is not None:
             cos, sin = tower.rotary
@@ -189,7 +159,7 @@ class _Ort(_Dialect):
             )
 
     def _fused(self, op_type: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        return self.writer.op(op_type, name, *inputs, domain="com.microsoft", **attributes)
+        return self.writer.op(op_type, name, *inputs, domain=MICROSOFT, **attributes)
 
     def attention(self, name: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         heads = self.config.num_attention_heads
@@ -213,101 +183,195 @@ class _Ort(_Dialect):
     def activation(self, name: str, value: ir.Value, linear: Linear) -> ir.Value:
         writer = self.writer
         if self.config.activation == "gelu":
+            if linear.bias is None or writer.quantized(name) is not None:
+                # An int8 product adds its bias for nothing. CUDA has the standard operator in no
+                # half precision, the CPU has it faster than the other.
+                value = writer.linear(name, value, linear)
+                domain = MICROSOFT if self.form.precision in HALVES else ""
+                return writer.op("Gelu", f"{name}.gelu", value, domain=domain)
             value = writer.product(name, value, linear)
-            if linear.bias is None:
-                return writer.op("Gelu", f"{name}.gelu", value)
             bias = writer.constant(f"{name}.bias", linear.bias)
             return self._fused("BiasGelu", f"{name}.gelu", value, bias)
         alpha = QUICK_GELU_ALPHA if self.config.activation == "quick_gelu" else 1.0
         value = writer.linear(name, value, linear)
         return self._fused("QuickGelu", f"{name}.{self.config.activation}", value, alpha=alpha)
 
+    def residual(
+        self,
+        name: str,
+        value: ir.Value,
+        inner: ir.Value,
+        linear: Linear,
+        norm_name: str,
+        norm: Norm,
+    ) -> tuple[ir.Value, ir.Value]:
+        writer = self.writer
+        if not self.form.skip_norm:
+            out = writer.linear(name, inner, linear)
+            total = writer.op("Add", f"{name}.residual", value, out)
+            return total, writer.norm(norm_name, total, norm, self.eps)
+        if linear.bias is None or writer.quantized(name) is not None:
+            out, bias = writer.linear(name, inner, linear), None
+        else:
+            out = writer.product(name, inner, linear)
+            bias = writer.constant(f"{name}.bias", linear.bias)
+        return writer.skip_norm(norm_name, value, out, bias, norm, self.eps)
 
-_DIALECTS: dict[GraphKind, type[_Dialect]] = {"portable": _Portable, "ort": _Ort}
+
+_DIALECTS: dict[Dialect, type[_Dialect]] = {"portable": _Portable, "ort": _Ort}
 
 
-def _layer(
-    writer: _Writer, dialect: _Dialect, name: str, value: ir.Value, layer: Layer
-) -> ir.Value:
-    eps = dialect.config.layer_norm_eps
-    normed = writer.norm(f"{name}.norm1", value, layer.norm1, eps)
-    context = dialect.attention(
-        name,
-        writer.linear(f"{name}.q", normed, layer.q),
-        writer.linear(f"{name}.k", normed, layer.k),
-        writer.linear(f"{name}.v", normed, layer.v),
-    )
-    value = writer.op(
-        "Add", f"{name}.residual1", value, writer.linear(f"{name}.o", context, layer.o)
-    )
-    normed = writer.norm(f"{name}.norm2", value, layer.norm2, eps)
-    if layer.gate is None:
-        inner = dialect.activation(f"{name}.up", normed, layer.up)
-    else:
-        inner = writer.op(
-            "Mul",
-            f"{name}.gated",
-            dialect.activation(f"{name}.gate", normed, layer.gate),
-            writer.linear(f"{name}.up", normed, layer.up),
+def _layers(writer: Writer, dialect: _Dialect, value: ir.Value, tower: Tower) -> ir.Value:
+    """All layers and the norm behind them; every residual sum goes with the norm that reads it."""
+    normed = writer.norm("layers.0.norm1", value, tower.layers[0].norm1, dialect.eps)
+    last = len(tower.layers) - 1
+    for index, layer in enumerate(tower.layers):
+        name = f"layers.{index}"
+        context = dialect.attention(
+            name,
+            writer.linear(f"{name}.q", normed, layer.q),
+            writer.linear(f"{name}.k", normed, layer.k),
+            writer.linear(f"{name}.v", normed, layer.v),
         )
-    return writer.op(
-        "Add", f"{name}.residual2", value, writer.linear(f"{name}.down", inner, layer.down)
-    )
+        sum_name = f"{name}.norm2"
+        value, normed = dialect.residual(
+            f"{name}.o", value, context, layer.o, sum_name, layer.norm2
+        )
+        if layer.gate is None:
+            inner = dialect.activation(f"{name}.up", normed, layer.up)
+        else:
+            inner = writer.op(
+                "Mul",
+                f"{name}.gated",
+                dialect.activation(f"{name}.gate", normed, layer.gate),
+                writer.linear(f"{name}.up", normed, layer.up),
+            )
+        norm_name = "norm_after" if index == last else f"layers.{index + 1}.norm1"
+        norm = tower.norm_after if index == last else tower.layers[index + 1].norm1
+        if norm is None:
+            out = writer.linear(f"{name}.down", inner, layer.down)
+            return writer.op("Add", f"{name}.down.residual", value, out)
+        value, normed = dialect.residual(f"{name}.down", value, inner, layer.down, norm_name, norm)
+    return normed
 
 
-def _embed(writer: _Writer, pixel_values: ir.Value, tower: Tower) -> ir.Value:
+def _embed(writer: Writer, pixel_values: ir.Value, tower: Tower) -> ir.Value:
     """Patches as rows (C, p, p), one product, prefix rows in front, then the constant rows added.
 
     The prefix rows come from Pad, not from an expanded constant: no node needs the batch size.
+    CUDA's Pad knows no bfloat16, so in half precision the sum is float32.
     """
     config = tower.config
+    value = _patch_product(writer, pixel_values, tower)
+    pads = np.array([0, config.num_prefix_tokens, 0, 0, 0, 0], np.int64)
+    value = writer.op("Pad", "tokens.pad", value, writer.constant("tokens.pads", pads))
+    tokens = writer.constant("tokens", tower.tokens, narrow=False)
+    return writer.narrowed(writer.op("Add", "tokens.add", value, tokens))
+
+
+def _patch_product(writer: Writer, pixel_values: ir.Value, tower: Tower) -> ir.Value:
+    """The patch tokens (B, N, D) in float32, of pixel values or of uint8 levels."""
+    if tower.levels is None:
+        rows = _patch_rows(writer, "patches", pixel_values, tower.config)
+        out = writer.linear("patches", writer.narrowed(rows), tower.patch)
+        return writer.widened(out)
+    if pixel_values.dtype != ir.DataType.UINT8:
+        pixel_values = _levels(writer, pixel_values, tower.levels)
+    rows = _patch_rows(writer, "levels", pixel_values, tower.config)
+    if writer.quantized("patch_levels") is not None:
+        writer.prequantized(rows, LEVELS)
+    else:
+        share = writer.constant("levels.share", np.array(LEVELS.scale, np.float32))
+        rows = writer.op("Mul", "levels.shares", writer.to_float(rows), share)
+    return writer.widened(writer.linear("patch_levels", rows, tower.patch))
+
+
+def _levels(writer: Writer, pixel_values: ir.Value, levels: Levels) -> ir.Value:
+    """The uint8 levels that float32 pixel values were made of."""
+    shape = (1, 3, 1, 1)
+    scale, offset = (np.array(x).reshape(shape) for x in (levels.scale, levels.offset))
+    inverse = writer.constant("levels.inverse", (1 / scale).astype(np.float32))
+    zero = writer.constant("levels.origin", (-offset / scale).astype(np.float32))
+    value = writer.op("Mul", "levels.scaled", pixel_values, inverse)
+    value = writer.op("Add", "levels.shifted", value, zero)
+    one = writer.constant("levels.one", np.array(1, np.float32))
+    none = writer.constant("levels.none", np.array(0, np.uint8))
+    return writer.op("QuantizeLinear", "levels", value, one, none)
+
+
+def _patch_rows(writer: Writer, name: str, pixel_values: ir.Value, config: TowerConfig) -> ir.Value:
+    """(B, 3, H, W) as rows of flattened (C, p, p) patches, row-major from the top left."""
     rows, columns = config.grid
     patch = config.patch_size
     split = np.array([0, 3, rows, patch, columns, patch], np.int64)
     flat = np.array([0, rows * columns, 3 * patch * patch], np.int64)
-    value = writer.op("Reshape", "patches.split", pixel_values, writer.constant("patches.s", split))
-    value = writer.op("Transpose", "patches.transpose", value, perm=(0, 2, 4, 1, 3, 5))
-    value = writer.op("Reshape", "patches.flat", value, writer.constant("patches.f", flat))
-    value = writer.product("patches", value, tower.patch)
-    pads = np.array([0, config.num_prefix_tokens, 0, 0, 0, 0], np.int64)
-    value = writer.op("Pad", "tokens.pad", value, writer.constant("tokens.pads", pads))
-    return writer.op("Add", "tokens.add", value, writer.constant("tokens", tower.tokens))
+    value = writer.op("Reshape", f"{name}.split", pixel_values, writer.constant("patches.s", split))
+    value = writer.op("Transpose", f"{name}.transpose", value, perm=(0, 2, 4, 1, 3, 5))
+    return writer.op("Reshape", f"{name}.flat", value, writer.constant("patches.f", flat))
 
 
-def write_graph(tower: Tower, kind: GraphKind) -> ir.Model:
-    """Write the graph of a tower; weights stay lazy until the model is saved.
+@dataclass(frozen=True)
+class WrittenGraph:
+    """A model whose matrices are still lazy, and its products by name."""
 
-    Input ``pixel_values`` (batch, 3, H, W) float32. Output ``last_hidden_state`` (batch, T, D)
-    float32 as the Hugging Face class returns it; the portable graph also has ``pooler_output``
-    (batch, D). The batch is dynamic, H and W are fixed.
+    model: ir.Model
+    products: Mapping[str, Product]
+
+
+def write_graph(
+    tower: Tower,
+    form: GraphForm,
+    *,
+    quantization: Quantization | None = None,
+    observe: bool = False,
+    emulate: bool = False,
+) -> WrittenGraph:
+    """Write the graph of a tower; matrices stay lazy until the model is saved.
+
+    Input ``pixel_values`` (batch, 3, H, W), float32 or for some forms uint8. Output
+    ``last_hidden_state`` (batch, T, D) float32 as the Hugging Face class returns it; the portable
+    graph also has ``pooler_output`` (batch, D). The batch is dynamic, H and W are fixed.
+
+    Args:
+        tower: the weights; for a form that takes uint8, with levels folded in.
+        form: the operators to use.
+        quantization: the products to write in int8, for an int8 form.
+        observe: whether every value that enters a product is an output too, for calibration.
+        emulate: of a half precision form, write a graph that runs everywhere: in float32, with
+            every weight and every operator's result rounded to that precision.
     """
     config = tower.config
     height, width = config.image_size
     pixel_values = ir.Value(
         name="pixel_values",
         shape=ir.Shape(["batch", 3, height, width]),
-        type=ir.TensorType(ir.DataType.FLOAT),
+        type=ir.TensorType(ir.DataType.UINT8 if form.pixels == "uint8" else ir.DataType.FLOAT),
     )
-    writer = _Writer()
-    dialect = _DIALECTS[kind](writer, tower)
+    writer = Writer(form.precision, quantization, emulate=emulate)
+    dialect = _DIALECTS[form.dialect](writer, tower, form)
     value = _embed(writer, pixel_values, tower)
     eps = config.layer_norm_eps
     if tower.norm_before is not None:
         value = writer.norm("norm_before", value, tower.norm_before, eps)
-    for index, layer in enumerate(tower.layers):
-        value = _layer(writer, dialect, f"layers.{index}", value, layer)
-    if tower.norm_after is not None:
-        value = writer.norm("norm_after", value, tower.norm_after, eps)
-    outputs = [_output(value, "last_hidden_state", ["batch", tower.tokens.shape[1]], config)]
-    if kind == "portable":
+    value = _layers(writer, dialect, value, tower)
+    num_tokens = tower.tokens.shape[1]
+    shape = ["batch", num_tokens, config.hidden_size]
+    outputs = [_output(writer.widened(value), "last_hidden_state", shape)]
+    if form.dialect == "portable":
         first = writer.constant("shape.first", np.array(0, np.int64))
         pooled = writer.op("Gather", "pooler", value, first, axis=1)
         if tower.pooler_norm is not None:
             pooled = writer.norm("pooler_norm", pooled, tower.pooler_norm, eps)
-        outputs.append(_output(pooled, "pooler_output", ["batch"], config))
+        outputs.append(_output(pooled, "pooler_output", ["batch", config.hidden_size]))
+    if observe:
+        values = {str(v.name): v for node in writer.nodes for v in node.outputs}
+        widths = {product.site: product.linear.shape[0] for product in writer.products.values()}
+        outputs += [
+            _output(values[site], site, ["batch", None, width]) for site, width in widths.items()
+        ]
     opset_imports = {"": OPSET}
-    if kind == "ort":
-        opset_imports["com.microsoft"] = 1
+    if form.dialect == "ort":
+        opset_imports[MICROSOFT] = 1
     graph = ir.Graph(
         [pixel_values],
         outputs,
@@ -316,13 +380,12 @@ def write_graph(tower: Tower, kind: GraphKind) -> ir.Model:
         opset_imports=opset_imports,
         name=config.family.model_type,
     )
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="vistower")
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="vistower")
+    return WrittenGraph(model, writer.products)
 
 
-def _output(
-    value: ir.Value, name: str, leading: Sequence[str | int], config: TowerConfig
-) -> ir.Value:
+def _output(value: ir.Value, name: str, shape: Sequence[str | int | None]) -> ir.Value:
     value.name = name
-    value.shape = ir.Shape([*leading, config.hidden_size])
+    value.shape = ir.Shape(shape)
     value.type = ir.TensorType(ir.DataType.FLOAT)
     return value

@@ -3,68 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vistower.errors import ParityError
-from vistower.manifest import Parity
+from vistower.manifest import Parity, TokenParity
 from vistower.tokens import TokenLayout
+from vistower.tolerance import PIXEL_TOLERANCE, Tolerance
 
 Array = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a graph may be from torch.
-
-    ``max_rel`` is the largest difference over the L2 norm of its token, ``cosine`` the smallest
-    cosine of a token, ``pixels`` the largest difference of normalized pixels.
-    """
-
-    max_rel: float
-    cosine: float
-    pixels: float
-
-
-TOLERANCES: Mapping[str, Tolerance] = {
-    "fp32": Tolerance(max_rel=1e-4, cosine=0.99999, pixels=1e-4),
-}
-"""Per precision of a graph."""
+ON_CPU = "ONNX Runtime, CPUExecutionProvider"
+"""The usual ``method`` of a `Parity`."""
 
 
 def compare(
-    reference: Mapping[str, Array], candidate: Mapping[str, Array], layout: TokenLayout
+    reference: Mapping[str, Array],
+    candidate: Mapping[str, Array],
+    layout: TokenLayout,
+    method: str = ON_CPU,
 ) -> Parity:
     """Compare ``last_hidden_state`` (1, T, D) per picture; the worst token of all counts.
 
     Non-finite values anywhere give infinite differences and cosine -1.
     """
-    max_abs = max_rel = 0.0
-    cosine = cosine_cls = 1.0
-    norms = []
+    differences, cosines, norms = [], [], []
     for name, expected in reference.items():
         want = expected.astype(np.float64)[0]
         have = candidate[name].astype(np.float64)[0]
         if want.shape != have.shape or not (np.isfinite(have).all() and np.isfinite(want).all()):
-            return Parity(np.inf, np.inf, -1.0, -1.0, 0.0, tuple(reference))
-        difference = np.abs(have - want)
+            lost = TokenParity(np.inf, -1.0, -1.0)
+            return Parity(np.inf, np.inf, -1.0, lost, lost, 0.0, tuple(reference), method)
         norm = np.linalg.norm(want, axis=-1)
-        norms.append(norm.mean())
-        cosines = (want * have).sum(-1) / (norm * np.linalg.norm(have, axis=-1))
-        max_abs = max(max_abs, float(difference.max()))
-        max_rel = max(max_rel, float((difference.max(-1) / norm).max()))
-        cosine = min(cosine, float(cosines.min()))
-        cosine_cls = min(cosine_cls, float(layout.cls(cosines[None])[0]))
+        norms.append(norm)
+        differences.append(np.abs(have - want).max(axis=-1))
+        cosines.append((want * have).sum(-1) / (norm * np.linalg.norm(have, axis=-1)))
+    difference, cosine, norm = np.stack(differences), np.stack(cosines), np.stack(norms)
     return Parity(
-        max_abs=max_abs,
-        max_rel=max_rel,
-        cosine=cosine,
-        cosine_cls=cosine_cls,
-        token_norm=float(np.mean(norms)),
+        max_abs=float(difference.max()),
+        max_rel=float((difference / norm).max()),
+        cosine=float(cosine.min()),
+        cls=_of(layout.cls(difference), layout.cls(cosine)),
+        patches=_of(layout.patches(difference), layout.patches(cosine)),
+        token_norm=float(norm.mean()),
         images=tuple(reference),
+        method=method,
     )
+
+
+def _of(difference: npt.NDArray[Any], cosine: npt.NDArray[Any]) -> TokenParity:
+    return TokenParity(float(difference.max()), float(cosine.min()), float(cosine.mean()))
+
+
+def passes(parity: Parity, tolerance: Tolerance) -> bool:
+    """Whether a graph is as near to torch as its precision must be."""
+    return parity.max_rel <= tolerance.max_rel and parity.cosine >= tolerance.cosine
 
 
 def require_parity(graph: str, parity: Parity, tolerance: Tolerance) -> None:
@@ -73,19 +69,18 @@ def require_parity(graph: str, parity: Parity, tolerance: Tolerance) -> None:
     Raises:
         ParityError: with the figures.
     """
-    if parity.max_rel <= tolerance.max_rel and parity.cosine >= tolerance.cosine:
+    if passes(parity, tolerance):
         return
     raise ParityError(
         f"The {graph} graph disagrees with torch over {len(parity.images)} pictures: largest "
         f"difference {parity.max_abs:.3g} absolute, {parity.max_rel:.3g} of the token norm "
         f"(allowed {tolerance.max_rel:.3g}), smallest cosine {parity.cosine:.7f} (required "
-        f"{tolerance.cosine}). No bundle was written. Please report the checkpoint."
+        f"{tolerance.cosine}). No bundle was written. Leave this precision out, or report the "
+        f"checkpoint."
     )
 
 
-def require_same_pixels(
-    reference: Mapping[str, Array], candidate: Mapping[str, Array], tolerance: Tolerance
-) -> float:
+def require_same_pixels(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> float:
     """The largest difference of normalized pixels over all pictures.
 
     Raises:
@@ -96,10 +91,10 @@ def require_same_pixels(
         difference = float(np.abs(candidate[name] - expected).max())
         if not difference <= worst:
             worst, where = difference, name
-    if worst <= tolerance.pixels:
+    if worst <= PIXEL_TOLERANCE:
         return worst
     raise ParityError(
         f"The NumPy preprocessing differs from the Hugging Face processor by {worst:.3g} on "
-        f"{where} (allowed {tolerance.pixels:.3g}). No bundle was written. Please report the "
+        f"{where} (allowed {PIXEL_TOLERANCE:.3g}). No bundle was written. Please report the "
         f"checkpoint's preprocessor_config.json."
     )

@@ -109,11 +109,17 @@ def transparency(processor: Any) -> Transparency:
     return "white" if torch.equal(clear["pixel_values"], white["pixel_values"]) else "dropped"
 
 
-def compute(model: Any, processor: Any, pictures: Sequence[Path]) -> Reference:
-    """Run the reference on picture files, one at a time."""
+def compute(
+    model: Any, processor: Any, pictures: Sequence[Path], size: tuple[int, int] | None = None
+) -> Reference:
+    """Run the reference on picture files, one at a time.
+
+    ``size`` is the (height, width) in pixels to resize to; None for the processor's own.
+    """
+    options = {} if size is None else {"size": {"height": size[0], "width": size[1]}}
     pixel_values, states = {}, {}
     for path in pictures:
-        inputs = processor(images=load_image(str(path)), return_tensors="pt")
+        inputs = processor(images=load_image(str(path)), return_tensors="pt", **options)
         with torch.inference_mode():
             output = model(pixel_values=inputs["pixel_values"])
         pixel_values[path.name] = inputs["pixel_values"].numpy()

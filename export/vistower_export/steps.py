@@ -15,7 +15,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx_ir as ir
 
 from vistower.bundle import PROCESSOR_FILE, Bundle, sha256, weight_files
-from vistower.errors import OutputExistsError
-from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY
+from vistower.errors import OutputExistsError, UnsupportedArchitectureError
+from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
+from vistower.images import ImageInput
 from vistower.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -42,69 +41,103 @@ from vistower.ort import onnxruntime
 from vistower.preprocess import Preprocessor
 from vistower.session import Session
 from vistower.tokens import TokenLayout
+from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
-from vistower_export.graph import IR_VERSION, OPSET, GraphKind, write_graph
-from vistower_export.parity import TOLERANCES, compare, require_parity, require_same_pixels
-from vistower_export.pictures import SAMPLES, write_golden_crops
+from vistower_export.calibrate import observe
+from vistower_export.forms import ALWAYS, BY_PRECISION, HALVES, INT8, ORT, GraphForm
+from vistower_export.graph import IR_VERSION, OPSET, WrittenGraph, write_graph
+from vistower_export.parity import ON_CPU, compare, require_parity, require_same_pixels
+from vistower_export.pictures import SAMPLES, calibration_pictures, write_golden_crops
+from vistower_export.quantize import FLOAT_PRODUCTS, Quantization, quantize, smooth
 from vistower_export.source import Checkpoint
+from vistower_export.store import WeightStore
 from vistower_export.towers import TowerFamily, tower_config
-from vistower_export.weights import arrange
-
-GRAPH_FILES: Mapping[GraphKind, str] = {
-    "portable": "onnx/model.onnx",
-    "ort": "onnx/model_ort.onnx",
-}
-PRECISION = "fp32"
+from vistower_export.weights import LEVELS_SITE, PIXELS_SITE, Levels, Tower, arrange
 
 LIBRARIES = ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "numpy", "pillow")
 """Libraries whose versions decide the numbers of a bundle."""
 
-EXTERNAL_DATA_THRESHOLD = 2 * 1024**3 - 64 * 1024**2
-"""Weights of this many bytes and more go beside the graph: protobuf ends at 2 GiB, and the nodes
-and names of the graph need room too."""
+GRAPH_DIRECTORY = "onnx"
+EMULATED_DIRECTORY = "emulated"
+"""Where stand-ins of graphs the CPU cannot run lie until the gate is through."""
 
 Array = npt.NDArray[np.float32]
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A tower at one input size: where its tokens lie, and the runtime's processor for it."""
+
+    layout: TokenLayout
+    preprocessor: Preprocessor
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels."""
+        return self.layout.image_size
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model and processor, and the runtime's reproduction of the processor."""
+    """A checkpoint's model and processor, and the tower's views, the default one first."""
 
     family: TowerFamily
     model: Any
     processor: Any
     backend: str
-    preprocessor: Preprocessor
-    layout: TokenLayout
+    views: tuple[View, ...]
 
 
 @dataclass(frozen=True)
 class Referenced:
-    """The numbers of torch + transformers, and pixel_values of the runtime that agree with them."""
+    """The numbers of torch + transformers for a view, and what the runtime feeds its graphs.
 
-    golden: tuple[Path, ...]
+    ``levels`` are the uint8 levels the pixel values are made of, where they are made of any.
+    """
+
     reference: hf.Reference
     pixel_values: Mapping[str, Array]
-    preprocessing: Preprocessing
-
-
-@dataclass(frozen=True)
-class GraphNodes:
-    """Node count and operator domains of a graph."""
-
-    count: int
-    domains: tuple[str, ...]
+    levels: Mapping[str, npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Written:
-    """The graphs in the staging directory, and the size of one graph's weights in bytes."""
+    """A graph in the staging directory.
 
-    graphs: Mapping[GraphKind, GraphNodes]
-    weight_bytes: int
+    ``emulated`` is a stand-in that the CPU can run, where it cannot run the graph itself.
+    """
+
+    name: str
+    form: GraphForm
+    view: View
+    path: Path
+    nodes: int
+    domains: tuple[str, ...]
+    float_products: tuple[str, ...] = ()
+    calibration: str | None = None
+    emulated: Path | None = None
+
+    @property
+    def method(self) -> str:
+        """What the parity gate runs in its place, for the certificate."""
+        if self.emulated is None:
+            return ON_CPU
+        return (
+            f"emulated in float32 on the CPU: weights and every operator's result rounded to "
+            f"{self.form.precision}, the inside of an operator not. Confirm it on the device with "
+            f"`vistower verify --device cuda`"
+        )
 
 
-def load(directory: Path, backend: str | None, staging: Path) -> Loaded:
+def load(
+    directory: Path,
+    backend: str | None,
+    precisions: Sequence[GraphPrecision],
+    resolutions: Sequence[Size],
+    staging: Path,
+) -> Loaded:
     """Load model and processor, and save their configurations in the staging directory.
 
     Raises:
@@ -120,73 +153,214 @@ def load(directory: Path, backend: str | None, staging: Path) -> Loaded:
     preprocessor = Preprocessor.from_config(
         saved, backend=backend, transparency=hf.transparency(processor)
     )
-    config = tower_config(model.config.to_dict(), preprocessor.output_size)
-    layout = TokenLayout(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        num_register_tokens=config.num_register_tokens,
-        hidden_size=config.hidden_size,
-    )
-    return Loaded(family, model, processor, backend, preprocessor, layout)
+    config = model.config.to_dict()
+    for precision in precisions:
+        if reason := family.refused_precisions.get(precision):
+            raise UnsupportedArchitectureError(f"{family.hf_class} in {precision}: {reason}.")
+    views = []
+    for size in resolutions or [preprocessor.output_size]:
+        if size != preprocessor.output_size and family.position_embedding:
+            raise UnsupportedArchitectureError(
+                f"{size[0]}x{size[1]} pixels were asked for, but {family.hf_class} has a learned "
+                f"position embedding for {preprocessor.output_size[0]}x"
+                f"{preprocessor.output_size[1]}, and torch refuses other sizes too. Leave "
+                f"--resolution out."
+            )
+        tower = tower_config(config, size)
+        layout = TokenLayout(
+            image_size=size,
+            patch_size=tower.patch_size,
+            num_register_tokens=tower.num_register_tokens,
+            hidden_size=tower.hidden_size,
+        )
+        at_size = preprocessor if size == preprocessor.output_size else preprocessor.resized(size)
+        views.append(View(layout, at_size))
+    if views[0].preprocessor is not preprocessor:
+        # What reads the bundle without vistower must feed the portable graph its size.
+        height, width = views[0].size
+        saved["size"] = {"height": height, "width": width}
+        text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
+        (staging / PROCESSOR_FILE).write_text(text, encoding="utf-8")
+    return Loaded(family, model, processor, backend, tuple(views))
 
 
-def refer(loaded: Loaded, staging: Path) -> Referenced:
-    """Compute what torch + transformers say of the sample pictures, and check the pixels.
+def refer(loaded: Loaded, view: View, pictures: Sequence[Path]) -> tuple[Referenced, float]:
+    """Compute what torch + transformers say of pictures, and check the runtime's pixels.
+
+    Returns:
+        The numbers, and the largest difference of the pixels.
 
     Raises:
         ParityError: the runtime's ``pixel_values`` differ from the processor's.
     """
-    golden = write_golden_crops(staging / GOLDEN_DIRECTORY)
-    pictures = (*SAMPLES, *golden)
-    reference = hf.compute(loaded.model, loaded.processor, pictures)
-    pixel_values = {path.name: loaded.preprocessor(path)[None] for path in pictures}
-    max_abs = require_same_pixels(reference.pixel_values, pixel_values, TOLERANCES[PRECISION])
-    name = type(loaded.processor).__name__
-    preprocessing = Preprocessing(name, loaded.backend, loaded.preprocessor.transparency, max_abs)
-    return Referenced(golden, reference, pixel_values, preprocessing)
+    # A processor that crops has one size; a DINOv3 one is asked for the view's.
+    size = view.size if view.preprocessor.crop is None else None
+    reference = hf.compute(loaded.model, loaded.processor, pictures, size)
+    pixel_values = {path.name: view.preprocessor(path)[None] for path in pictures}
+    max_abs = require_same_pixels(reference.pixel_values, pixel_values)
+    levels = {}
+    if view.preprocessor.normalization is not None:
+        to_levels = view.preprocessor.as_levels()
+        levels = {path.name: to_levels(path)[None] for path in pictures}
+    return Referenced(reference, pixel_values, levels), max_abs
 
 
-def write(loaded: Loaded, staging: Path) -> Written:
-    """Write both graphs, their weights beside them: so they stream, one tensor in memory a time."""
-    family, model = loaded.family, loaded.model
-    config = tower_config(model.config.to_dict(), loaded.layout.image_size)
-    rotary = hf.rotary_tables(model, family, config.image_size)
-    tower = arrange(hf.state_dict(model), config, rotary)
-    nodes, weight_bytes = {}, 0
-    for kind, name in GRAPH_FILES.items():
-        graph = write_graph(tower, kind)
-        path = staging / name
-        path.parent.mkdir(exist_ok=True)
-        weight_bytes = sum(
-            value.const_value.nbytes
-            for value in graph.graph.initializers.values()
-            if value.const_value is not None
-        )
-        ir.save(graph, path, external_data=f"{path.name}_data")
-        nodes[kind] = GraphNodes(len(graph.graph), tuple(sorted(d for d in graph.opset_imports)))
-    return Written(nodes, weight_bytes)
+def arrange_views(loaded: Loaded, *, levels: bool = False) -> tuple[Tower, ...]:
+    """The weights of each view, rearranged; matrices are made when they are asked for.
 
-
-def inline_weights(staging: Path) -> None:
-    """Move the weights into the graph files: one file each, while protobuf can hold them.
-
-    This needs two copies of the weights (the graph and its serialized form), so it waits until
-    the torch model is gone.
+    ``levels`` folds rescaling and normalization of the pixels into them.
     """
-    for name in GRAPH_FILES.values():
-        path = staging / name
-        onnx.save(onnx.load(path), path)
-        path.with_name(f"{path.name}_data").unlink()
+    normalization = loaded.views[0].preprocessor.normalization if levels else None
+    folded = None if normalization is None else Levels(*normalization)
+    state = hf.state_dict(loaded.model)
+    config = loaded.model.config.to_dict()
+    return tuple(
+        arrange(
+            state,
+            tower_config(config, view.size),
+            hf.rotary_tables(loaded.model, loaded.family, view.size),
+            folded,
+        )
+        for view in loaded.views
+    )
 
 
-def _run(graph: Path, pixel_values: Mapping[str, Array]) -> dict[str, Array]:
+class _Graphs:
+    """Writes graphs of any form and view to the staging directory, one weight file a precision."""
+
+    def __init__(self, staging: Path, views: Sequence[View]) -> None:
+        self.directory = staging / GRAPH_DIRECTORY
+        self.directory.mkdir()
+        self.views = views
+        self.written: list[Written] = []
+        self._stores: dict[str, WeightStore] = {}
+
+    def save(self, form: GraphForm, graph: WrittenGraph, file: str) -> Path:
+        store = self._stores.setdefault(form.weights, WeightStore(self.directory / form.weights))
+        path = self.directory / file
+        store.save(graph.model, path)
+        return path
+
+    def write(
+        self, form: GraphForm, towers: Sequence[Tower], calibrated: Calibrated | None = None
+    ) -> None:
+        half = form.precision in HALVES
+        for view, tower in zip(self.views, towers, strict=True):
+            extra = "" if view is self.views[0] else f"{view.size[0]}x{view.size[1]}"
+            graph = write_graph(
+                tower, form, quantization=calibrated.quantization if calibrated else None
+            )
+            path = self.save(form, graph, f"{form.file}{extra and '_' + extra}.onnx")
+            self.written.append(
+                Written(
+                    name=f"{form.name}{extra and '@' + extra}",
+                    form=form,
+                    view=view,
+                    path=path,
+                    nodes=len(graph.model.graph),
+                    domains=tuple(sorted(graph.model.opset_imports)),
+                    float_products=calibrated.float_products if calibrated else (),
+                    calibration=calibrated.pictures if calibrated else None,
+                    emulated=self._emulate(form, tower, extra) if half else None,
+                )
+            )
+
+    def _emulate(self, form: GraphForm, tower: Tower, extra: str) -> Path:
+        directory = self.directory.with_name(EMULATED_DIRECTORY) / form.name
+        directory.mkdir(parents=True, exist_ok=True)
+        graph = write_graph(tower, form, emulate=True)
+        path = directory / f"{extra or 'default'}.onnx"
+        WeightStore(path.with_suffix(".data")).save(graph.model, path)
+        return path
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._stores[ORT.weights].nbytes
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Smoothed towers, one a view, what of them is quantized, and by which pictures."""
+
+    towers: tuple[Tower, ...]
+    quantization: Quantization
+    float_products: tuple[str, ...]
+    pictures: str
+
+
+def calibrate(
+    graphs: _Graphs,
+    towers: Sequence[Tower],
+    folded: Sequence[Tower],
+    pictures: Sequence[ImageInput],
+    label: str,
+) -> Calibrated:
+    """Watch the float32 graphs run over pictures, and choose the int8 form of their products.
+
+    Where pixels are made of uint8 levels, ``folded`` towers take those: nothing is lost in them.
+    """
+    runs = []
+    for index, (view, tower) in enumerate(zip(graphs.views, towers, strict=True)):
+        graph = write_graph(tower, ORT, observe=True)
+        path = graphs.save(ORT, graph, f"observed_{index}.onnx")
+        runs.append((path, [view.preprocessor(picture)[None] for picture in pictures]))
+    statistics = observe(runs)
+    for path, _ in runs:
+        path.unlink()
+    levels = folded[0].levels
+    if levels is not None:
+        scale, offset = levels.rows(folded[0].config.patch_size)
+        statistics[LEVELS_SITE] = statistics[PIXELS_SITE].shifted(-offset).divided(scale)
+    smoothed = [smooth(tower, statistics) for tower in folded]
+    products = write_graph(smoothed[0][0], ORT).products
+    quantization = quantize(products, smoothed[0][1], keep=FLOAT_PRODUCTS)
+    return Calibrated(
+        towers=tuple(tower for tower, _ in smoothed),
+        quantization=quantization,
+        float_products=tuple(name for name in products if name not in quantization.linears),
+        pictures=label,
+    )
+
+
+def write(
+    loaded: Loaded,
+    precisions: Sequence[GraphPrecision],
+    calibration: tuple[Sequence[ImageInput], str],
+    uint8: bool,
+    staging: Path,
+    on_step: Callable[[str], None],
+) -> _Graphs:
+    """Write every graph asked for; matrices stream to disk, one in memory at a time."""
+    towers = arrange_views(loaded)
+    graphs = _Graphs(staging, loaded.views)
+    folded = arrange_views(loaded, levels=True)
+    for form in ALWAYS:
+        graphs.write(form, towers)
+    if uint8:
+        graphs.write(ORT.with_levels(), folded)
+    for precision in precisions:
+        form = BY_PRECISION[precision]
+        if form is INT8:
+            on_step("calibrate and quantize to int8")
+            calibrated = calibrate(graphs, towers, folded, *calibration)
+            graphs.write(form, calibrated.towers, calibrated)
+            if uint8:
+                graphs.write(form.with_levels(), calibrated.towers, calibrated)
+        else:
+            graphs.write(form, towers)
+            if uint8:
+                graphs.write(form.with_levels(), folded)
+    return graphs
+
+
+def _run(graph: Path, pixel_values: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
     """Tokens of every picture; the session ends here, so that no two are in memory at once."""
     session = Session(graph, "cpu")
     return {name: session.run(value) for name, value in pixel_values.items()}
 
 
 def gate(
-    staging: Path, layout: TokenLayout, referenced: Referenced, written: Written
+    written: Sequence[Written], referenced: Mapping[Size, Referenced], staging: Path
 ) -> dict[str, GraphRecord]:
     """Run each graph on the CPU over every picture, and compare its tokens with torch's.
 
@@ -194,37 +368,50 @@ def gate(
         ParityError: a graph is off by more than its precision's tolerance.
     """
     records: dict[str, GraphRecord] = {}
-    for kind, name in GRAPH_FILES.items():
-        tokens = _run(staging / name, referenced.pixel_values)
-        parity = compare(referenced.reference.last_hidden_state, tokens, layout)
-        require_parity(kind, parity, TOLERANCES[PRECISION])
-        nodes = written.graphs[kind]
-        records[kind] = GraphRecord(
-            file=name,
-            precision=PRECISION,
+    for graph in written:
+        known = referenced[graph.view.size]
+        pixels = known.pixel_values if graph.form.pixels == "float32" else known.levels
+        tokens = _run(graph.emulated or graph.path, pixels)
+        parity = compare(known.reference.last_hidden_state, tokens, graph.view.layout, graph.method)
+        require_parity(graph.name, parity, TOLERANCES[graph.form.precision])
+        records[graph.name] = GraphRecord(
+            file=graph.path.relative_to(staging).as_posix(),
+            precision=graph.form.precision,
+            image_size=graph.view.size,
+            pixels=graph.form.pixels,
             opset=OPSET,
             ir_version=IR_VERSION,
-            nodes=nodes.count,
-            domains=nodes.domains,
+            nodes=graph.nodes,
+            domains=graph.domains,
             parity=parity,
+            calibration=graph.calibration,
+            float_products=graph.float_products,
         )
+    shutil.rmtree(staging / EMULATED_DIRECTORY, ignore_errors=True)
     return records
 
 
-def write_golden(referenced: Referenced, staging: Path) -> None:
-    """Store what torch + transformers say of the golden crops, for ``vistower verify``."""
+def write_golden(
+    golden: Sequence[Path], referenced: Mapping[Size, Referenced], staging: Path
+) -> None:
+    """Store what torch + transformers say of the golden crops, for ``vistower verify``.
+
+    All of them at the default resolution, one at each other: large ones take megabytes.
+    """
     arrays: dict[str, Any] = {}
-    for path in referenced.golden:
-        arrays[f"{path.stem}/pixel_values"] = referenced.reference.pixel_values[path.name]
-        arrays[f"{path.stem}/last_hidden_state"] = referenced.reference.last_hidden_state[path.name]
+    for index, (size, known) in enumerate(referenced.items()):
+        for path in golden if index == 0 else golden[:1]:
+            name = golden_name(path.stem, size)
+            arrays[f"{name}/pixel_values"] = known.reference.pixel_values[path.name]
+            arrays[f"{name}/last_hidden_state"] = known.reference.last_hidden_state[path.name]
     np.savez(staging / GOLDEN_DIRECTORY / GOLDEN_ARRAYS, **arrays)
 
 
 def describe(
     checkpoint: Checkpoint,
     loaded: Loaded,
-    referenced: Referenced,
-    written: Written,
+    preprocessing: Preprocessing,
+    weight_bytes: int,
     graphs: Mapping[str, GraphRecord],
     staging: Path,
 ) -> Manifest:
@@ -244,12 +431,12 @@ def describe(
             random_weight=checkpoint.random_weight,
             files=weight_files(checkpoint.directory) if local else {},
         ),
-        layout=loaded.layout,
-        preprocessing=referenced.preprocessing,
+        layout=loaded.views[0].layout,
+        preprocessing=preprocessing,
         graphs=graphs,
         golden=GOLDEN_DIRECTORY,
         made_with=made_with,
-        weight_bytes=written.weight_bytes,
+        weight_bytes=weight_bytes,
         export_peak_bytes=peak_bytes(),
         files={
             path.relative_to(staging).as_posix(): FileRecord(path.stat().st_size, sha256(path))
@@ -277,8 +464,11 @@ def export_bundle(
     output: Path,
     *,
     backend: str | None = None,
+    precisions: Sequence[GraphPrecision] = (),
+    uint8: bool = False,
+    resolutions: Sequence[Size] = (),
+    calibration: Sequence[Path] = (),
     overwrite: bool = False,
-    external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
     on_step: Callable[[str], None] = lambda title: None,
 ) -> Bundle:
     """Export a checkpoint to a bundle, or raise and leave nothing behind.
@@ -287,13 +477,19 @@ def export_bundle(
         checkpoint: where the weights are.
         output: the bundle's directory; made, or replaced with ``overwrite``.
         backend: the processor to agree with, ``torchvision`` (default) or ``pil`` (CLIP only).
+        precisions: graphs to write besides the float32 ones.
+        uint8: write each of ONNX Runtime's graphs a second time, with uint8 levels as its input
+            and the processor's rescaling and normalization folded into its weights (CLIP).
+        resolutions: input sizes, (height, width) in pixels, the default one first; empty for the
+            processor's own. Only towers without a learned position embedding take others.
+        calibration: pictures that help to decide the ranges of int8, besides the samples.
         overwrite: replace what is at ``output``.
-        external_data_threshold: weights of so many bytes are stored beside the graph.
         on_step: called with the title of each step as it starts.
 
     Raises:
         OutputExistsError: ``output`` holds something, and ``overwrite`` is off.
         ExportError, ProcessorConfigError: the checkpoint cannot be exported exactly.
+        ImageError: a calibration picture cannot be used.
     """
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputExistsError(
@@ -302,20 +498,37 @@ def export_bundle(
         )
     with _staging(output) as staging:
         on_step("load the checkpoint")
-        loaded = load(checkpoint.directory, backend, staging)
+        loaded = load(checkpoint.directory, backend, precisions, resolutions, staging)
         on_step("compute the reference with torch")
-        referenced = refer(loaded, staging)
+        if uint8:
+            loaded.views[0].preprocessor.as_levels()
+        golden = write_golden_crops(staging / GOLDEN_DIRECTORY)
+        referenced, pixels = {}, 0.0
+        for view in loaded.views:
+            referenced[view.size], worst = refer(loaded, view, (*SAMPLES, *golden))
+            pixels = max(pixels, worst)
+        preprocessing = Preprocessing(
+            processor=type(loaded.processor).__name__,
+            backend=loaded.backend,
+            transparency=loaded.views[0].preprocessor.transparency,
+            max_abs=pixels,
+        )
         on_step("write the graphs")
-        written = write(loaded, staging)
+        # The samples always take part: a few pictures alone would leave ranges too narrow.
+        label = "quarters and mirror images of the sample pictures"
+        if calibration:
+            label = f"{len(calibration)} pictures given at export, {label}"
+        pictures: tuple[ImageInput, ...] = (*calibration, *calibration_pictures())
+        graphs = write(loaded, precisions, (pictures, label), uint8, staging, on_step)
         loaded = replace(loaded, model=None)
         gc.collect()
-        if written.weight_bytes < external_data_threshold:
-            inline_weights(staging)
         on_step("compare the graphs with torch")
-        graphs = gate(staging, loaded.layout, referenced, written)
+        records = gate(graphs.written, referenced, staging)
         on_step("write the golden vectors and the manifest")
-        write_golden(referenced, staging)
-        manifest = describe(checkpoint, loaded, referenced, written, graphs, staging)
+        write_golden(golden, referenced, staging)
+        manifest = describe(
+            checkpoint, loaded, preprocessing, graphs.weight_bytes, records, staging
+        )
         (staging / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         _publish(staging, output)
     return Bundle.load(output)

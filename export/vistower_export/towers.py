@@ -8,10 +8,11 @@ parity, bundle) is derived from the record.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vistower.errors import UnsupportedArchitectureError
+from vistower.tolerance import GraphPrecision
 
 Activation = Literal["gelu", "quick_gelu", "silu"]
 
@@ -56,6 +57,7 @@ class TowerFamily:
     Weight names are those of the class's state dict with any of ``strip_prefixes`` removed
     (transformers 4 and 5 nest the same modules differently). ``processors`` maps a backend
     (``torchvision``, ``pil``) to the image processor's class; the first one is the default.
+    ``refused_precisions`` maps a precision the tower cannot be had in to the reason.
     """
 
     model_type: str
@@ -73,6 +75,7 @@ class TowerFamily:
     norm_before: str | None = None
     norm_after: str | None = None
     pooler_norm: str | None = None
+    refused_precisions: Mapping[GraphPrecision, str] = field(default_factory=dict)
 
 
 CLIP = TowerFamily(
@@ -112,6 +115,9 @@ DINOV3 = TowerFamily(
     patch_embedding="embeddings.patch_embeddings",
     rotary_module="rope_embeddings",
     norm_after="norm",
+    refused_precisions={
+        "fp16": "its authors rule float16 out, because activations leave its range; use bf16"
+    },
     processors={
         "torchvision": ProcessorNames(
             v5="DINOv3ViTImageProcessor", v4="DINOv3ViTImageProcessorFast"
@@ -214,10 +220,10 @@ def tower_config(config: Mapping[str, Any], image_size: tuple[int, int]) -> Towe
         raise UnsupportedArchitectureError(
             f"config.json says patch_size={config['patch_size']!r}; only square patches are known."
         )
-    if image_size[0] % patch_height or image_size[1] % patch_width:
+    if min(image_size) <= 0 or image_size[0] % patch_height or image_size[1] % patch_width:
         raise UnsupportedArchitectureError(
-            f"The processor produces {image_size[0]}×{image_size[1]} pixels, which is no multiple "
-            f"of the patch size {patch_height}."
+            f"Pictures of {image_size[0]}x{image_size[1]} pixels were asked for (by --resolution "
+            f"or the processor), which is no multiple of the patch size {patch_height}."
         )
     native = _square(config["image_size"], "image_size")
     if family.position_embedding and image_size != native:

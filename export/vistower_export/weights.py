@@ -8,13 +8,15 @@ done in float64 and rounded to float32 once, and the parity gate checks the outc
   attention scores, and softmax does not see it;
 - the value bias folded into the output projection's bias: attention rows sum to one;
 - biases that are zero throughout dropped (released DINOv3 weights have zero QKV biases);
-- LayerScale folded into the projection before it.
+- LayerScale folded into the projection before it;
+- on request, rescaling and normalization of the pixels folded into the patch embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +41,43 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix product of a graph: the name of the value that comes in, and its weights."""
+
+    site: str
+    linear: Linear
+
+
+@dataclass(frozen=True)
 class Norm:
     """Scale and bias (D,) of a LayerNorm."""
 
     scale: Array
     bias: Array
+
+
+PIXELS_SITE = "patches.flat"
+"""The value of a graph that holds a picture's ``pixel_values`` as patch rows."""
+
+LEVELS_SITE = "levels.shares"
+"""The value of a graph that holds a picture's levels over 256 as patch rows."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How a processor makes ``pixel_values`` of levels: ``level * scale + offset`` by channel.
+
+    Folded into a tower, its patch product takes ``level / 256`` instead: exact in every float
+    type, and of a size that keeps the folded weights in float16's range.
+    """
+
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    def rows(self, patch_size: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Scale of ``level / 256`` and offset by row of the patch product, each (3 p²,)."""
+        area = patch_size**2
+        return np.repeat(np.array(self.scale) * 256, area), np.repeat(self.offset, area)
 
 
 @dataclass(frozen=True)
@@ -67,10 +101,12 @@ class Tower:
 
     ``tokens`` (1, T, D) is what is added to the patch products: in the prefix rows the CLS and
     register tokens themselves, in the patch rows the patch bias, each with its position embedding.
-    ``rotary`` holds cos and sin, each (T, head_dim / 2), identity in the prefix rows.
+    ``rotary`` holds cos and sin, each (T, head_dim / 2), identity in the prefix rows. With
+    ``levels`` the patch product takes uint8 levels over 256 in place of ``pixel_values``.
     """
 
     config: TowerConfig
+    levels: Levels | None
     patch: Linear
     tokens: Array
     rotary: tuple[Array, Array] | None
@@ -134,7 +170,7 @@ class _Weights:
         return Linear(make, (weight.shape[1], weight.shape[0]), folded if folded.any() else None)
 
 
-def _patch(weights: _Weights, config: TowerConfig) -> tuple[Linear, Array]:
+def _patch(weights: _Weights, config: TowerConfig, levels: Levels | None) -> tuple[Linear, Array]:
     """The patch embedding as one product over flattened (C, p, p) patches, and the added rows."""
     family = config.family
     kernel = weights[f"{family.patch_embedding}.weight"]
@@ -150,12 +186,19 @@ def _patch(weights: _Weights, config: TowerConfig) -> tuple[Linear, Array]:
         tokens[config.num_prefix_tokens :] += bias
     if family.position_embedding:
         tokens += weights[family.position_embedding]
+    if levels is not None:
+        scale, offset = levels.rows(config.patch_size)
+        tokens[config.num_prefix_tokens :] += flat.astype(np.float64) @ offset
+        flat = (flat * scale).astype(np.float32)
     patch = Linear(lambda: np.ascontiguousarray(flat.T), (flat.shape[1], hidden), None)
     return patch, tokens.astype(np.float32)[None]
 
 
 def arrange(
-    state: Mapping[str, Array], config: TowerConfig, rotary: tuple[Array, Array] | None
+    state: Mapping[str, Array],
+    config: TowerConfig,
+    rotary: tuple[Array, Array] | None,
+    levels: Levels | None = None,
 ) -> Tower:
     """Rearrange a tower's state dict for inference.
 
@@ -163,13 +206,14 @@ def arrange(
         state: float32 arrays by the Hugging Face class's own names.
         config: the architecture.
         rotary: cos and sin of the patch tokens, each (N, head_dim), as the class computes them.
+        levels: fold the processor's rescaling and normalization into the patch embedding.
 
     Raises:
         CheckpointError: a weight is missing.
     """
     family = config.family
     weights = _Weights(state, family.strip_prefixes)
-    patch, tokens = _patch(weights, config)
+    patch, tokens = _patch(weights, config, levels)
     names = family.layer
     layers = []
     for index in range(config.num_hidden_layers):
@@ -200,6 +244,7 @@ def arrange(
         )
     return Tower(
         config=config,
+        levels=levels,
         patch=patch,
         tokens=tokens,
         rotary=None if rotary is None else _with_identity_rows(rotary, config),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 from vistower.backbones import BACKBONES
 from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
 from vistower.manifest import MANIFEST_FILE, Manifest
-from vistower.preprocess import Preprocessor
+from vistower.preprocess import Pixels, Preprocessor
 from vistower.tokens import TokenLayout
+from vistower.tolerance import GraphPrecision
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -144,26 +145,115 @@ class Bundle:
             config, backend=reference.backend, transparency=reference.transparency
         )
 
-    def graph(self, kind: str | None = None) -> Path:
-        """The file of a graph: ``portable``, ``ort``, or None for the fastest there is.
+    def layout_at(self, resolution: tuple[int, int]) -> TokenLayout:
+        """Where the tokens lie for pictures of (height, width) pixels."""
+        return replace(self.layout, image_size=resolution)
+
+    def preprocessor_at(
+        self, resolution: tuple[int, int], pixels: Pixels = "float32"
+    ) -> Preprocessor:
+        """The image processor that gives (height, width) pixels of a type."""
+        preprocessor = self.preprocessor
+        if resolution != preprocessor.output_size:
+            preprocessor = preprocessor.resized(resolution)
+        return preprocessor if pixels == "float32" else preprocessor.as_levels()
+
+    @property
+    def resolutions(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every input size there is a graph for, the default one first."""
+        sizes = {self.layout.image_size: None}
+        if self.manifest is not None:
+            sizes |= {record.image_size: None for record in self.manifest.graphs.values()}
+        return tuple(sizes)
+
+    @property
+    def model_type(self) -> str:
+        """The tower's family, e.g. ``dinov3_vit``."""
+        return self.manifest.model_type if self.manifest else str(self.config.get("model_type"))
+
+    def graph(self, name: str) -> BundleGraph:
+        """A graph by its name.
 
         Raises:
             BundleNotFoundError: the bundle has no such graph.
         """
+        graphs = self._graphs
+        if name not in graphs:
+            raise BundleNotFoundError(
+                f"{self.directory} has no graph {name!r}; it has {', '.join(graphs)}."
+            )
+        return graphs[name]
+
+    def graphs_at(
+        self,
+        resolution: tuple[int, int] | None = None,
+        *,
+        portable: bool = False,
+        pixels: Pixels = "float32",
+    ) -> dict[GraphPrecision, BundleGraph]:
+        """The fastest graph of each precision there is.
+
+        Args:
+            resolution: (height, width) in pixels; None for the bundle's default.
+            portable: only graphs of standard operators.
+            pixels: what the graph takes, see `GraphRecord`.
+
+        Raises:
+            BundleNotFoundError: the bundle has no graph of this resolution.
+        """
+        size = resolution or self.layout.image_size
+        if size not in self.resolutions:
+            raise BundleNotFoundError(
+                f"{self.directory} has no graph for {_pixels(size)} pixels; it has "
+                f"{', '.join(map(_pixels, self.resolutions))}. Export the checkpoint again with "
+                f"--resolution {_pixels(size)}."
+            )
+        found: dict[GraphPrecision, BundleGraph] = {}
+        for graph in self._graphs.values():
+            if graph.resolution != size or graph.pixels != pixels:
+                continue
+            if portable and not graph.portable:
+                continue
+            # With ONNX Runtime's own operators it is the faster of two of one precision.
+            if graph.precision not in found or found[graph.precision].portable:
+                found[graph.precision] = graph
+        return found
+
+    @cached_property
+    def _graphs(self) -> dict[str, BundleGraph]:
         if self.manifest is None:
             plain = _plain_graph(self.directory)
-            if plain is None or kind not in (None, "portable"):
-                raise BundleNotFoundError(
-                    f"{self.directory} has no graph {kind!r}: it was not written by vistower."
-                )
-            return plain
-        graphs = self.manifest.graphs
-        chosen = kind or ("ort" if "ort" in graphs else "portable")
-        if chosen not in graphs:
-            raise BundleNotFoundError(
-                f"{self.directory} has no graph {chosen!r}; it has {', '.join(graphs)}."
+            assert plain is not None  # noqa: S101  (load() found it)
+            size = self.layout.image_size
+            return {"portable": BundleGraph("portable", plain, "fp32", size, "float32", True)}
+        return {
+            name: BundleGraph(
+                name=name,
+                path=self.directory / record.file,
+                precision=record.precision,
+                resolution=record.image_size,
+                pixels=record.pixels,
+                portable=not set(record.domains) - {""},
             )
-        return self.directory / graphs[chosen].file
+            for name, record in self.manifest.graphs.items()
+        }
+
+
+@dataclass(frozen=True)
+class BundleGraph:
+    """A graph of a bundle: its name and file, its precision, the (height, width) it takes, of
+    which pixels, and whether it has standard operators only."""
+
+    name: str
+    path: Path
+    precision: GraphPrecision
+    resolution: tuple[int, int]
+    pixels: Pixels
+    portable: bool
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def sha256(path: Path) -> str:

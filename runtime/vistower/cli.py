@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from vistower.errors import (
     VistowerError,
 )
 from vistower.golden import replay
+from vistower.tolerance import TOLERANCES, GraphPrecision
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,6 +83,23 @@ def export(
     processor_backend: Annotated[
         str | None, typer.Option(help="torchvision (default) or pil (CLIP only).")
     ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="A graph besides fp32: int8 (CPU), fp16, bf16 (CUDA); repeatable."),
+    ] = None,
+    uint8: Annotated[
+        bool, typer.Option("--uint8", help="Graphs that take uint8 too, a quarter to upload; CLIP.")
+    ] = False,
+    resolution: Annotated[
+        list[str] | None,
+        typer.Option(help="Input size, e.g. 512 or 512x768 (height x width); DINOv3, repeatable."),
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pictures (files, folders, globs) like yours, to set the ranges of int8."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a checkpoint to a bundle, compared with torch picture by picture.
@@ -106,10 +125,29 @@ def export(
         checkpoint,
         place,
         backend=processor_backend,
+        precisions=_precisions(precision or ()),
+        uint8=uint8,
+        resolutions=[_resolution(text) for text in resolution or ()],
+        calibration=collect(calibrate) if calibrate else (),
         overwrite=overwrite,
         on_step=lambda title: err.print(f"  {title}"),
     )
     _print_certificate(bundle)
+
+
+def _precisions(wanted: Sequence[str]) -> list[GraphPrecision]:
+    extra: list[GraphPrecision] = [name for name in TOLERANCES if name != "fp32"]
+    for name in wanted:
+        if name not in extra:
+            raise typer.BadParameter(f"--precision {name}: use {', '.join(extra)}")
+    return [name for name in extra if name in wanted]
+
+
+def _resolution(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is neither a number nor HEIGHTxWIDTH in pixels")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _print_certificate(bundle: Bundle) -> None:

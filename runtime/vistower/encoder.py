@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +14,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from vistower.binding import Warmed
-from vistower.bundle import Bundle, find_bundle
+from vistower.bundle import Bundle, BundleGraph, find_bundle
+from vistower.cuda_machine import compute_capability
 from vistower.cuda_problems import DeviceChoice, choose_device
-from vistower.device import DeviceLike, ProviderLike, parse_providers
+from vistower.device import Device, DeviceLike, ProviderLike, parse_providers
 from vistower.errors import DeviceError, EmptyInputError, ImageFormatError
 from vistower.finite import FiniteGuard
 from vistower.images import ImageInput
 from vistower.output import DeviceArray
-from vistower.precision import REDUCED
+from vistower.precision import REDUCED, choose_precision
 from vistower.preprocess import Preprocessor
 from vistower.providers import SessionOptions
 from vistower.replicas import Replicas
@@ -54,14 +55,22 @@ class VisionEncoder:
     """A vision tower ready to run. Thread-safe; picklable (it reopens its bundle)."""
 
     def __init__(
-        self, bundle: Bundle, session: Session | Replicas, guard: FiniteGuard | None = None
+        self,
+        bundle: Bundle,
+        graph: BundleGraph,
+        session: Session | Replicas,
+        guard: FiniteGuard | None = None,
     ) -> None:
-        """Join a bundle, a session and the guard of its numbers; `open` is the usual way."""
+        """Join a bundle, one of its graphs, that graph's session and the guard of its numbers.
+
+        `open` is the usual way.
+        """
         self.bundle = bundle
+        self.graph = graph
         self.session = session
         self._guard = guard
-        self.layout: TokenLayout = bundle.layout
-        self.processor: Preprocessor = bundle.preprocessor
+        self.layout: TokenLayout = bundle.layout_at(graph.resolution)
+        self.processor: Preprocessor = bundle.preprocessor_at(graph.resolution, graph.pixels)
 
     @classmethod
     def open(
@@ -71,6 +80,8 @@ class VisionEncoder:
         device: DeviceLike = "auto",
         devices: Sequence[DeviceLike] | None = None,
         providers: Sequence[ProviderLike] | None = None,
+        precision: str = "auto",
+        resolution: tuple[int, int] | None = None,
         graph: str | None = None,
         threads: int | None = None,
         options: SessionOptions | None = None,
@@ -85,8 +96,12 @@ class VisionEncoder:
             devices: several of them, e.g. ``["cuda:0", "cuda:1"]``: each batch is shared out.
             providers: execution providers as ONNX Runtime takes them; the first must be active.
                 Give one of ``device``, ``devices`` and ``providers``.
-            graph: ``portable`` or ``ort``; None for the fastest the bundle has (TensorRT takes
-                ``portable``).
+            precision: ``auto``, ``fp32``, ``tf32``, ``fp16``, ``bf16`` or ``int8``, as far as
+                device and bundle have it: the table is in `vistower.precision`.
+            resolution: (height, width) in pixels of the preprocessed pictures, one of
+                ``Bundle.resolutions``; None for the bundle's default.
+            graph: a graph by its name in the bundle, whatever it is and wherever it runs; None
+                for the fastest of that precision and resolution (TensorRT takes ``portable``).
             threads: CPU threads inside one run; None for all this process may use.
             options: how to use the device: memory, batch buckets, CUDA graphs and more.
 
@@ -101,9 +116,11 @@ class VisionEncoder:
         if providers is None:
             chosen = [choose_device(one) for one in ([device] if devices is None else devices)]
         on = chosen[0].device if chosen else parse_providers(providers or ())[0]
-        if graph is None and on.type == "tensorrt":
-            graph = "portable"
-        path = found.graph(graph)
+        if graph is not None:
+            taken = found.graph(graph)
+        else:
+            taken, options = _choose(found, on, precision, resolution, options)
+        path = taken.path
         session: Session | Replicas
         if devices is not None:
             share = max(1, (threads or available_cpus()) // max(1, len(chosen)))
@@ -111,13 +128,14 @@ class VisionEncoder:
         else:
             one = chosen[0] if chosen else "auto"
             session = Session(path, one, threads, providers=providers, options=options)
-        encoder = cls(found, session, _guard(found, path, session, options))
+        encoder = cls(found, taken, session, _guard(found, taken, session, options))
         weights = "random-weight " if found.manifest and found.manifest.source.random_weight else ""
         why = f"; auto: {chosen[0].reason}" if chosen and device == "auto" and not devices else ""
         logger.info(
-            "%s%s on %s (%s)%s",
+            "%s%s, graph %s, on %s (%s)%s",
             weights,
             found.name,
+            taken.name,
             encoder.device,
             encoder.session.provider,
             why,
@@ -125,7 +143,7 @@ class VisionEncoder:
         return encoder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.bundle.directory, self.session, self._guard)
+        return _reopen, (self.bundle.directory, self.graph, self.session, self._guard)
 
     def __repr__(self) -> str:
         return f"VisionEncoder({self.bundle.name!r}, device={self.device!r})"
@@ -146,6 +164,8 @@ class VisionEncoder:
     def preprocess(self, images: ImageInput | Iterable[ImageInput]) -> Array:
         """Pictures → ``pixel_values`` (B, 3, H, W) float32, as the Hugging Face processor's.
 
+        For a graph that takes uint8, the levels before rescaling and normalization.
+
         Args:
             images: one picture or several. A picture is a PIL image of any mode the processor
                 takes, an H×W×3 uint8 array, or a path (opened with its EXIF orientation applied).
@@ -160,12 +180,16 @@ class VisionEncoder:
         height, width = self.layout.image_size
         pixel_values = (
             self.session.empty(len(images))
-            if self.session.input_dtype == np.float32
-            else np.empty((len(images), 3, height, width), dtype=np.float32)
+            if self.session.input_dtype == self._dtype
+            else np.empty((len(images), 3, height, width), dtype=self._dtype)
         )
         for image, out in zip(images, pixel_values, strict=True):
             self.processor(image, out=out)
         return pixel_values
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.graph.pixels)
 
     def encode(
         self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 32
@@ -227,32 +251,54 @@ class VisionEncoder:
                 f"pixel_values has shape {pixel_values.shape}; this tower takes (B, "
                 f"{', '.join(map(str, expected))}) with B ≥ 1, as preprocess() returns it."
             )
-        if pixel_values.dtype != np.float32:
+        if pixel_values.dtype != self._dtype:
             raise ImageFormatError(
-                f"pixel_values is {pixel_values.dtype}; pass .astype(numpy.float32)."
+                f"pixel_values is {pixel_values.dtype}, and the graph takes {self._dtype}: pass "
+                f".astype(numpy.{self._dtype}), or what preprocess() returns."
             )
         return np.ascontiguousarray(pixel_values)
 
 
+def _choose(
+    bundle: Bundle,
+    on: Device,
+    precision: str,
+    resolution: tuple[int, int] | None,
+    options: SessionOptions | None,
+) -> tuple[BundleGraph, SessionOptions | None]:
+    """The graph for a device, and the options it runs with."""
+    # TensorRT reads standard operators only.
+    portable = on.type == "tensorrt"
+    candidates = bundle.graphs_at(resolution, portable=portable)
+    choice = choose_precision(
+        precision,
+        on,
+        model_type=bundle.model_type,
+        available=tuple(candidates),
+        compute_capability=compute_capability(on) if on.on_gpu else None,
+    )
+    if choice.tf32:
+        options = replace(options or SessionOptions(), tf32=True)
+    return candidates[choice.graph], options
+
+
 def _guard(
-    bundle: Bundle, graph: Path, session: Session | Replicas, options: SessionOptions | None
+    bundle: Bundle, graph: BundleGraph, session: Session | Replicas, options: SessionOptions | None
 ) -> FiniteGuard | None:
     """The guard of a graph of reduced precision; fp32 needs none."""
-    graphs = bundle.manifest.graphs if bundle.manifest else {}
-    records = {bundle.directory / record.file: record for record in graphs.values()}
     policy = (options or SessionOptions()).non_finite
-    record = records.get(graph)
-    if record is None or record.precision not in REDUCED or policy == "ignore":
+    if graph.precision not in REDUCED or policy == "ignore":
         return None
-    full = next((path for path, one in records.items() if one.precision == "fp32"), None)
-    what = f"{bundle.name} in {record.precision} on {session.device}"
-    return FiniteGuard(what, full if policy == "fp32" else None, session.device)
+    full = bundle.graphs_at(graph.resolution, pixels=graph.pixels).get("fp32")
+    what = f"{bundle.name} in {graph.precision} on {session.device}"
+    fallback = full.path if full is not None and policy == "fp32" else None
+    return FiniteGuard(what, fallback, session.device)
 
 
 def _reopen(
-    directory: Path, session: Session | Replicas, guard: FiniteGuard | None
+    directory: Path, graph: BundleGraph, session: Session | Replicas, guard: FiniteGuard | None
 ) -> VisionEncoder:
-    return VisionEncoder(Bundle.load(directory), session, guard)
+    return VisionEncoder(Bundle.load(directory), graph, session, guard)
 
 
 def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:

@@ -1,7 +1,7 @@
 """Replays the golden vectors of a bundle: the numbers torch + transformers gave when it was made.
 
 A bundle keeps, under ``golden/``, small pictures as PNG and in one ``.npz`` per picture
-``NAME/pixel_values`` (1, 3, H, W) and ``NAME/last_hidden_state`` (1, T, D), float32.
+``NAME@HxW/pixel_values`` (1, 3, H, W) and ``NAME@HxW/last_hidden_state`` (1, T, D), float32.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import Bundle
+from vistower.cuda_problems import choose_device
 from vistower.device import DeviceLike
 from vistower.encoder import VisionEncoder
 from vistower.errors import BundleUnsupportedError, GoldenMismatchError
+from vistower.precision import RULES
+from vistower.tolerance import PIXEL_TOLERANCE, TOLERANCES
 
 GOLDEN_DIRECTORY = "golden"
 GOLDEN_ARRAYS = "golden.npz"
-
-PIXEL_TOLERANCE = 1e-4
-"""Largest difference of normalized pixels."""
-
-TOKEN_TOLERANCE = 1e-4
-"""Largest difference of a token's values over the token's L2 norm, for fp32 graphs."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,8 @@ class Replay:
 
 def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
     """Check every file's SHA-256, then pixels and tokens of every golden picture and graph.
+
+    Graphs of a precision that the device does not run are left out.
 
     Yields each comparison as it is made.
 
@@ -56,18 +55,34 @@ def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
     directory = bundle.directory / GOLDEN_DIRECTORY
     with np.load(directory / GOLDEN_ARRAYS, allow_pickle=False) as arrays:
         golden = dict(arrays)
-    names = sorted({key.split("/")[0] for key in golden})
-    for name in names:
-        have = bundle.preprocessor(directory / f"{name}.png")
-        want = golden[f"{name}/pixel_values"][0]
+    for key in sorted(key for key in golden if key.endswith("/pixel_values")):
+        name = key.removesuffix("/pixel_values")
+        want = golden[key][0]
+        have = bundle.preprocessor_at(want.shape[1:])(directory / f"{_picture(name)}.png")
         yield _compared(f"pixel_values of {name}", have, want, np.ones(len(want)), PIXEL_TOLERANCE)
-    for kind in manifest.graphs:
+    on = choose_device(device).device
+    for kind, record in manifest.graphs.items():
+        if on.type not in RULES[record.precision].devices:
+            continue
         encoder = VisionEncoder.open(bundle.directory, device=device, graph=kind)
-        for name in names:
-            have = encoder.forward(encoder.preprocess(directory / f"{name}.png"))[0]
+        allowed = TOLERANCES[record.precision].max_rel
+        for name in sorted({key.split("/")[0] for key in golden}):
+            pixel_values = golden[f"{name}/pixel_values"]
+            if pixel_values.shape[2:] != record.image_size:
+                continue
+            have = encoder.forward(encoder.preprocess(directory / f"{_picture(name)}.png"))[0]
             want = golden[f"{name}/last_hidden_state"][0]
             norm = np.linalg.norm(want, axis=-1)
-            yield _compared(f"{kind} graph, tokens of {name}", have, want, norm, TOKEN_TOLERANCE)
+            yield _compared(f"{kind} graph, tokens of {name}", have, want, norm, allowed)
+
+
+def golden_name(picture: str, resolution: tuple[int, int]) -> str:
+    """What the arrays of a golden picture are called at a (height, width) in pixels."""
+    return f"{picture}@{resolution[0]}x{resolution[1]}"
+
+
+def _picture(name: str) -> str:
+    return name.partition("@")[0]
 
 
 def _compared(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vistower.errors import BundleCorruptError, BundleUnsupportedError
-from vistower.preprocess import Transparency
+from vistower.preprocess import Pixels, Transparency
 from vistower.tokens import TokenLayout
+from vistower.tolerance import TOLERANCES, GraphPrecision
 
 MANIFEST_FILE = "vistower.json"
 FORMAT_VERSION = 1
@@ -51,32 +52,54 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """A graph compared with torch + transformers, from image file to tokens.
+class TokenParity:
+    """Largest absolute difference, smallest and mean cosine of some tokens with torch's."""
 
-    ``max_abs`` is the largest absolute difference; ``max_rel`` the largest difference divided by
-    the L2 norm of its token; ``cosine`` the smallest token cosine; ``images`` the pictures used.
+    max_abs: float
+    cosine: float
+    cosine_mean: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A graph compared with torch + transformers in float32, from image file to tokens.
+
+    Over all tokens, registers too: ``max_abs`` is the largest absolute difference, ``max_rel`` the
+    largest difference divided by the L2 norm of its token, ``cosine`` the smallest token cosine.
+    ``images`` are the pictures used; ``method`` says what computed the graph's side.
     """
 
     max_abs: float
     max_rel: float
     cosine: float
-    cosine_cls: float
+    cls: TokenParity
+    patches: TokenParity
     token_norm: float
     images: tuple[str, ...]
+    method: str
 
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX graph of a bundle and its parity certificate."""
+    """One ONNX graph of a bundle and its parity certificate.
+
+    ``image_size`` is (height, width) in pixels. ``pixels`` is the type of ``pixel_values``:
+    float32 as the processor gives them, or the uint8 levels before it rescales and normalizes,
+    which the graph then does. ``calibration`` says which pictures decided the
+    ranges of an int8 graph, ``float_products`` which matrix products of it stayed in float32.
+    """
 
     file: str
-    precision: str
+    precision: GraphPrecision
+    image_size: tuple[int, int]
+    pixels: Pixels
     opset: int
     ir_version: int
     nodes: int
     domains: tuple[str, ...]
     parity: Parity
+    calibration: str | None = None
+    float_products: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,9 +114,10 @@ class FileRecord:
 class Manifest:
     """Everything in ``vistower.json``.
 
-    ``graphs`` maps a graph's kind (``portable``, ``ort``) to its record; ``made_with`` maps a
-    library to its version; ``export_peak_bytes`` is the exporter's peak resident memory and
-    ``weight_bytes`` the size of the weights it held.
+    ``layout`` is that of the bundle's default resolution; ``graphs`` maps a graph's name
+    (``portable``, ``ort``, ``int8``; of a further resolution ``ort@512x768``) to its record;
+    ``made_with`` maps a library to its version; ``export_peak_bytes`` is the exporter's peak
+    resident memory and ``weight_bytes`` the size of the float32 matrices.
     """
 
     format_version: int
@@ -150,9 +174,22 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     layout["image_size"] = (int(height), int(width))
     graphs = {}
     for kind, record in data["graphs"].items():
-        parity = {**record["parity"], "images": tuple(record["parity"]["images"])}
-        fields = {**record, "parity": Parity(**parity), "domains": tuple(record["domains"])}
-        graphs[kind] = GraphRecord(**fields)
+        parity = {
+            **record["parity"],
+            "cls": TokenParity(**record["parity"]["cls"]),
+            "patches": TokenParity(**record["parity"]["patches"]),
+            "images": tuple(record["parity"]["images"]),
+        }
+        if record["precision"] not in TOLERANCES:
+            raise ValueError(f"unknown precision {record['precision']!r}")
+        height, width = record["image_size"]
+        fields = {
+            "parity": Parity(**parity),
+            "image_size": (int(height), int(width)),
+            "domains": tuple(record["domains"]),
+            "float_products": tuple(record["float_products"]),
+        }
+        graphs[kind] = GraphRecord(**{**record, **fields})
     return Manifest(
         **{
             **data,

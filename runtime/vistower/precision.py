@@ -27,6 +27,7 @@ from typing import Literal, get_args
 
 from vistower.device import Device
 from vistower.errors import PrecisionError
+from vistower.tolerance import GraphPrecision
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 
@@ -35,7 +36,7 @@ Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 class PrecisionRule:
     """What a precision needs: the graph's precision, the device types, a compute capability."""
 
-    graph: str
+    graph: GraphPrecision
     devices: tuple[str, ...]
     compute_capability: tuple[int, int] = (0, 0)
     tf32: bool = False
@@ -51,7 +52,7 @@ RULES: Mapping[Precision, PrecisionRule] = MappingProxyType(
     }
 )
 
-AUTO_ON_GPU: Mapping[str, Precision] = MappingProxyType(
+AUTO_ON_GPU: Mapping[str, GraphPrecision] = MappingProxyType(
     {"clip_vision_model": "fp16", "dinov3_vit": "bf16"}
 )
 """Model type → the precision that ``auto`` prefers on a GPU."""
@@ -65,7 +66,7 @@ class PrecisionChoice:
     """The precision taken, the precision of its graph, whether TF32 is on, and why."""
 
     precision: Precision
-    graph: str
+    graph: GraphPrecision
     tf32: bool
     reason: str
 
@@ -137,5 +138,8 @@ def _problem(
         needs = "{}.{}".format(*rule.compute_capability)
         return f"that needs compute capability {needs}, and the GPU's is {has[0]}.{has[1]}"
     if rule.graph not in available:
-        return f"the bundle has no {rule.graph} graph (it has {', '.join(available)})"
+        return (
+            f"the bundle has no {rule.graph} graph (it has {', '.join(available)}): export the "
+            f"checkpoint again with --precision {rule.graph}"
+        )
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from vistower.resize import Filter, resize
 
 Backend = Literal["torchvision", "pil"]
 Transparency = Literal["white", "dropped"]
+Pixels = Literal["float32", "uint8"]
 Array = npt.NDArray[np.float32]
 
 RESAMPLE: Mapping[int, Filter] = {2: "bilinear", 3: "bicubic"}
@@ -74,7 +75,8 @@ class Preprocessor:
 
     ``size`` is (height, width), or one number for the shortest edge, in pixels. ``transparency``
     says what becomes of an alpha channel before the RGB conversion: blended onto white
-    (transformers 5) or dropped (4.57). ``rescale_first`` is DINOv3's order.
+    (transformers 5) or dropped (4.57). ``rescale_first`` is DINOv3's order. ``pixels`` is the
+    type of what comes out, see `as_levels`.
     """
 
     processor: str
@@ -88,6 +90,7 @@ class Preprocessor:
     rescale_factor: float
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+    pixels: Pixels = "float32"
 
     @classmethod
     def from_config(
@@ -160,6 +163,10 @@ class Preprocessor:
             std=_triple(option("image_std"), "image_std") if normalize else None,
         )
 
+    def resized(self, size: tuple[int, int]) -> Preprocessor:
+        """The same processor for another (height, width) in pixels, without a centre crop."""
+        return replace(self, size=size, crop=None)
+
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of ``pixel_values``.
@@ -176,14 +183,14 @@ class Preprocessor:
             )
         return self.size
 
-    def __call__(self, image: ImageInput, out: Array | None = None) -> Array:
+    def __call__(self, image: ImageInput, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """One picture → ``pixel_values`` (3, H, W) float32, written to ``out`` if given.
 
         Args:
             image: a PIL image of any mode the processor takes (its EXIF orientation is not
                 applied: the processor does not either), an array H x W x 3 of uint8, or a path
                 (opened with `vistower.images.open_image`).
-            out: (3, H, W) float32.
+            out: (3, H, W) float32; uint8 of a processor that gives levels.
 
         Raises:
             ImageDecodeError, ImageFormatError: the picture cannot be used.
@@ -194,17 +201,46 @@ class Preprocessor:
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         window = (top, left, top + height, left + width)
         if out is None:
-            out = np.empty((3, height, width), dtype=np.float32)
+            out = np.empty((3, height, width), dtype=self.pixels)
         if self.rescale_first:
             scaled = resize(pixels, size, window, self.resample, "float")
             self._finish_float(scaled, out)
             return out
         levels = self._levels(pixels, size, window)
+        if self.pixels == "uint8":
+            out[:] = levels
+            return out
         table = self._table
         for channel in range(3):
             plane = levels[channel if len(levels) == 3 else 0]
             np.take(table[channel], plane.astype(np.intp), out=out[channel])
         return out
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Scale and offset by channel that make pixel values of uint8 levels.
+
+        None for DINOv3, which rescales before it resizes: its pixels are of no levels.
+        """
+        if self.rescale_first:
+            return None
+        mean, std = self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0)
+        scale = tuple(self.rescale_factor / s for s in std)
+        return scale, tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+    def as_levels(self) -> Preprocessor:
+        """The same processor, giving the uint8 levels its pixel values are made of.
+
+        For graphs that rescale and normalize themselves.
+
+        Raises:
+            ProcessorConfigError: this processor's pixels are of no levels (DINOv3).
+        """
+        if self.rescale_first:
+            raise ProcessorConfigError(
+                f"{self.processor} rescales before it resizes, so its pixels are no uint8 levels."
+            )
+        return replace(self, pixels="uint8")
 
     def _pixels(self, image: ImageInput) -> npt.NDArray[Any]:
         """The picture as (H, W, C): uint8, or float32 already rescaled (DINOv3)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 SAMPLES: tuple[Path, ...] = tuple(
     Path(__file__).parent / name
@@ -29,3 +29,20 @@ def write_golden_crops(directory: Path) -> tuple[Path, ...]:
             image.convert("RGB").crop(box).save(path)
         paths.append(path)
     return tuple(paths)
+
+
+def calibration_pictures() -> tuple[Image.Image, ...]:
+    """Quarters and mirror images of the samples, RGB: none of the pictures a bundle is gated on."""
+    pictures = []
+    for path in SAMPLES:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        width, height = image.size
+        half_width, half_height = width // 2, height // 2
+        pictures += [
+            image.crop((left, top, left + half_width, top + half_height))
+            for left in (0, half_width)
+            for top in (0, half_height)
+        ]
+        pictures.append(ImageOps.mirror(image))
+    return tuple(pictures)
