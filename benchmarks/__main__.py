@@ -8,7 +8,16 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.models import DEFAULT_MODELS, MODELS
 from benchmarks.results import Run
-from benchmarks.run import REPOSITORY, Plan, default_pythons, make_artifacts, run
+from benchmarks.run import (
+    REPOSITORY,
+    Plan,
+    ResumeError,
+    UnknownBackendError,
+    begin,
+    default_pythons,
+    make_artifacts,
+    run,
+)
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 ARTIFACTS = REPOSITORY / "artifacts" / "benchmarks"
@@ -71,9 +80,12 @@ def main() -> None:
     else:
         plan = _plan(arguments)
         pythons = default_pythons() | dict(pair.split("=", 1) for pair in arguments.python)
-        arguments.artifacts.mkdir(parents=True, exist_ok=True)
-        make_artifacts(plan, arguments.artifacts, pythons)
-        done = run(plan, arguments.artifacts, pythons, output, resume=arguments.resume)
+        try:
+            if not begin(plan, arguments.artifacts, resume=arguments.resume):
+                make_artifacts(plan, arguments.artifacts, pythons)
+            done = run(plan, arguments.artifacts, pythons, output)
+        except (ResumeError, UnknownBackendError) as error:
+            raise SystemExit(str(error)) from error
     table = report.markdown(done)
     output.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)

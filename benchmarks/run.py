@@ -46,9 +46,11 @@ class ResumeError(RuntimeError):
     """An interrupted run cannot be continued with these settings."""
 
 
-def run(
-    plan: Plan, root: Path, pythons: Mapping[str, str], output: Path, *, resume: bool = False
-) -> Run:
+class UnknownBackendError(ValueError):
+    """A backend was asked for that is not known for the device."""
+
+
+def run(plan: Plan, root: Path, pythons: Mapping[str, str], output: Path) -> Run:
     """Run the plan; ``output`` is written again after every process.
 
     A process that fails or takes too long is recorded with its error and does not end the run.
@@ -58,17 +60,14 @@ def run(
         root: the folder `benchmarks.artifacts` filled.
         pythons: environment → its interpreter.
         output: the JSON of the run.
-        resume: take over what an interrupted run with the same plan and commit left in ``root``.
 
     Raises:
-        ResumeError: the interrupted run had another plan or commit.
-        ValueError: a backend's name is not known.
+        UnknownBackendError: naming it, and those there are.
     """
     graphs = artifacts.graphs(root, plan.models)
     chosen = _chosen(plan, graphs)
-    folder = root / "rounds" / plan.device
+    folder = _folder(plan, root)
     description = machine.describe(plan.threads, plan.device)
-    _open_folder(folder, plan, description, resume=resume)
     settings = asdict(plan) | {"graphs": graphs}
     models = {name: asdict(MODELS[name]) | {"gflop": MODELS[name].gflop} for name in plan.models}
     peaks: list[dict[str, Any]] = []
@@ -95,6 +94,34 @@ def run(
     return save()
 
 
+def begin(plan: Plan, root: Path, *, resume: bool) -> bool:
+    """Make the folder of the run's raw rounds; tell whether an interrupted run goes on.
+
+    Raises:
+        ResumeError: the interrupted run had another plan or commit.
+    """
+    folder = _folder(plan, root)
+    commit = machine.describe(plan.threads, plan.device)["commit"]
+    stamp = json.dumps(asdict(plan) | {"commit": commit}, sort_keys=True)
+    path = folder / "plan.json"
+    if resume and path.exists():
+        found = path.read_text(encoding="utf-8")
+        if found != stamp:
+            raise ResumeError(
+                f"The interrupted run in {folder} was {found}, and this is {stamp}. Start anew "
+                f"without --resume."
+            )
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    path.write_text(stamp, encoding="utf-8")
+    return False
+
+
+def _folder(plan: Plan, root: Path) -> Path:
+    return root / "rounds" / plan.device
+
+
 def make_artifacts(plan: Plan, root: Path, pythons: Mapping[str, str]) -> None:
     """Make the files all backends share; the optimum environment is used if it is wanted."""
     command = [pythons["main"], "-m", "benchmarks.artifacts", str(root), *plan.models]
@@ -118,26 +145,11 @@ def _chosen(plan: Plan, graphs: Mapping[str, str]) -> list[Entry]:
         e for e in known if e.name in names or e.name.partition("-")[0] in names & {"vistower"}
     ]
     if unknown := names - {entry.name for entry in known} - {"vistower"}:
-        raise ValueError(
+        raise UnknownBackendError(
             f"Unknown backend {', '.join(sorted(unknown))}; known for {plan.device}: "
             f"{', '.join(entry.name for entry in known)}."
         )
     return found
-
-
-def _open_folder(folder: Path, plan: Plan, description: dict[str, Any], *, resume: bool) -> None:
-    stamp = json.dumps(asdict(plan) | {"commit": description["commit"]}, sort_keys=True)
-    path = folder / "plan.json"
-    if resume and path.exists():
-        if path.read_text(encoding="utf-8") != stamp:
-            raise ResumeError(
-                f"The interrupted run in {folder} had another plan or commit: "
-                f"{path.read_text(encoding='utf-8')}. Start anew without --resume."
-            )
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    path.write_text(stamp, encoding="utf-8")
 
 
 def _environment() -> dict[str, str]:
