@@ -22,8 +22,9 @@ GPU_SIZE = 8192
 def _gflops(flop: float, call: Callable[[], Any], seconds: float) -> float:
     """From the median call: what is compared with it is a median too."""
     call()
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

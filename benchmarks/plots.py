@@ -42,20 +42,23 @@ def _speed(run: Run, task: str, path: Path) -> Path:
             )
             axis.set_title(f"{run.models[model]['label']}, batch {batch}", fontsize=10)
             if task == "model" and run.device == "cpu" and run.peaks:
-                limit = run.peak_gflops / run.models[model]["gflop"]
-                axis.axvline(limit, color=LIMIT, linestyle="--", linewidth=1)
-                axis.annotate(
-                    "float32 limit",
-                    (limit, -0.4),
-                    xytext=(-3, 0),
-                    textcoords="offset points",
-                    ha="right",
-                    va="bottom",
-                    color=LIMIT,
-                    fontsize=8,
-                    annotation_clip=False,
-                )
+                _limit(axis, run.peak_gflops / run.models[model]["gflop"])
     return _save(figure, run, path)
+
+
+def _limit(axis: Any, rate: float) -> None:
+    """The rate at which matrix products alone would take the whole machine in float32."""
+    axis.set_xlim(0, max(axis.get_xlim()[1], 1.2 * rate))
+    axis.axvline(rate, color=LIMIT, linestyle="--", linewidth=1, zorder=0)
+    axis.annotate(
+        "float32 limit",
+        (rate, -0.5),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="bottom",
+        color=LIMIT,
+        fontsize=7,
+    )
 
 
 def _start(run: Run, path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.results import Run, Summary, summaries
+from benchmarks.results import DISTURBED, Run, Summary, summaries
 
 REFERENCE = {"cpu": "torch", "cuda": "torch-fp32"}
 """The backend the ratios are against."""
@@ -176,6 +176,10 @@ def _notes(run: Run) -> str:
         "in the page cache; peak RSS up to there, and after the largest batch. Each is the median "
         "of the rounds."
     )
+    disturbed = [r for r in run.records if r.foreign > DISTURBED]
+    if disturbed:
+        named = ", ".join(f"{r.label} on {run.models[r.model]['label']}" for r in disturbed)
+        lines.append(f"- **Disturbed** by other processes on the machine, so slower: {named}.")
     lines.append(
         "- installed: all files of the backend's distributions and what they require; torch's "
         "wheel for Linux brings the CUDA libraries, a CPU-only build leaves them out."

@@ -17,6 +17,9 @@ from typing import Any
 
 FORMAT_VERSION = 1
 
+DISTURBED = 0.05
+"""Share of the CPU that others may take while a backend is measured without a remark."""
+
 
 @dataclass(frozen=True)
 class Record:

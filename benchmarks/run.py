@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import artifacts, machine
 from benchmarks.backends import Entry, entries
 from benchmarks.models import MODELS
-from benchmarks.results import Record, Run
+from benchmarks.results import DISTURBED, Record, Run
 from benchmarks.worker import Job
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,6 +25,9 @@ SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "MKL_NUM_
 """Variables that would decide a library's kernels or threads behind its back: taken out."""
 
 ERROR_LINES = 12
+
+TRIES = 3
+"""How often a disturbed process is measured, before the least disturbed one is taken."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,11 @@ def _environment() -> dict[str, str]:
 def _peak(plan: Plan, folder: Path, python: str, number: int) -> dict[str, Any]:
     path = folder / f"peak-{number}.json"
     if not path.exists():
-        call = f"peak.cpu({plan.threads}, 0.5)" if plan.device == "cpu" else "peak.gpu(2.0)"
+        call = (
+            f"peak.cpu({plan.threads}, {plan.seconds / 3})"
+            if plan.device == "cpu"
+            else "peak.gpu(2.0)"
+        )
         code = f"import json; from benchmarks import peak; print(json.dumps({call}))"
         done = subprocess.run(
             [python, "-c", code],
@@ -207,22 +214,29 @@ def _record(
         seconds=plan.seconds,
         calls=plan.calls,
     )
-    clock = machine.CpuClock()
-    result, error = _work(job, folder / stem, pythons[entry.environment], plan.timeout)
-    record = Record(
-        backend=entry.name,
-        label=entry.label,
-        note=entry.note,
-        precision=entry.precision,
-        model=name,
-        round=number,
-        seconds=clock.seconds(),
-        foreign=clock.foreign(),
-        result=result,
-        error=error,
-    )
+    tries = []
+    for _ in range(TRIES):
+        clock = machine.CpuClock()
+        result, error = _work(job, folder / stem, pythons[entry.environment], plan.timeout)
+        tries.append(
+            Record(
+                backend=entry.name,
+                label=entry.label,
+                note=entry.note,
+                precision=entry.precision,
+                model=name,
+                round=number,
+                seconds=clock.seconds(),
+                foreign=clock.foreign(),
+                result=result,
+                error=error,
+            )
+        )
+        if error is not None or tries[-1].foreign <= DISTURBED:
+            break
+    record = min(tries, key=lambda one: (one.error is not None, one.foreign))
     # A failure is tried again by --resume; what succeeded is kept.
-    if error is None:
+    if record.error is None:
         kept.write_text(json.dumps(asdict(record)), encoding="utf-8")
     return record
 
@@ -276,7 +290,7 @@ def _tell(record: Record) -> None:
         if not verdict["agrees"]
     ]
     cold, foreign = record.result["cold"]["total"], record.foreign
-    disturbed = f"; DISTURBED: others took {foreign:.0%} of the CPU" if foreign > 0.05 else ""
+    disturbed = f"; DISTURBED: others took {foreign:.0%} of the CPU" if foreign > DISTURBED else ""
     print(f"{head} ms/image {', '.join(parts + off)}; cold {cold:.2f} s{disturbed}", flush=True)
 
 
