@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fake_gpu import OUT_OF_MEMORY, FakeGpu
-from vistower import CLIPMixin, VisionEncoder
+from vistower import CLIPMixin, SessionOptions, VisionEncoder
 from vistower.cuda_machine import load_library, needed_libraries
 from vistower.cuda_problems import choose_device, problems
 from vistower.device import Device, parse_device, parse_providers
@@ -34,7 +34,7 @@ from vistower.errors import (
     ProviderMissingError,
 )
 from vistower.precision import choose_precision
-from vistower.providers import SessionOptions, cuda_options
+from vistower.providers import cuda_options
 from vistower.replicas import Replicas
 from vistower.session import Session
 from vistower.tensorrt import EngineKey, tensorrt_options

@@ -21,13 +21,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from vistower import VisionEncoder
+from vistower import SessionOptions, VisionEncoder
 from vistower.cuda_machine import Driver, compute_capability, driver
 from vistower.cuda_problems import problems
 from vistower.device import Device
 from vistower.doctor import diagnose
 from vistower.errors import BatchMemoryError, DeviceMemoryError, NoSuchDeviceError
-from vistower.providers import SessionOptions
 from vistower.session import Session
 from vistower_export.checkpoint import write_random_checkpoint
 from vistower_export.pictures import SAMPLES
@@ -279,8 +278,7 @@ def test_tensorrt(
     program = (
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from vistower import VisionEncoder\n"
-        "from vistower.providers import SessionOptions\n"
+        "from vistower import SessionOptions, VisionEncoder\n"
         "options = SessionOptions(engine_cache=Path(sys.argv[2]), buckets=(1, 16))\n"
         "encoder = VisionEncoder.open(sys.argv[1], device='tensorrt', options=options)\n"
         "batch = np.load(sys.argv[3])\n"

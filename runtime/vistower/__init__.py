@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from vistower.encoder import Embeddings, VisionEncoder
     from vistower.errors import VistowerError
     from vistower.mixins import CLIPMixin, DINOv3Mixin
+    from vistower.providers import SessionOptions
 
 __all__ = [
     "EMBED_MODEL_RESOLUTION",
     "CLIPMixin",
     "DINOv3Mixin",
     "Embeddings",
+    "SessionOptions",
     "VisionEncoder",
     "VistowerError",
     "errors",
@@ -32,6 +34,7 @@ _MODULES = {
     "CLIPMixin": "vistower.mixins",
     "DINOv3Mixin": "vistower.mixins",
     "Embeddings": "vistower.encoder",
+    "SessionOptions": "vistower.providers",
     "VisionEncoder": "vistower.encoder",
     "VistowerError": "vistower.errors",
 }

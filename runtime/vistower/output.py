@@ -62,7 +62,9 @@ class DeviceArray:
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy in host memory."""
-        return np.array(self._value.numpy())
+        # From a device this is a copy already; of host memory it may be the memory itself.
+        array: npt.NDArray[Any] = self._value.numpy()
+        return array.copy() if self.device == "cpu" else array
 
     def __dlpack__(
         self,
