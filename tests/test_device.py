@@ -696,10 +696,16 @@ def test_a_forked_child_is_told(gpu: FakeGpu, clip_bundle: Path) -> None:
                     call(pixels(2))
                 except Exception as error:
                     said.append(type(error).__name__)
+        # One of its own works: the worker threads are the child's.
+        said.append(str(VisionEncoder.open(clip_bundle, device="cuda").forward(pixels(1)).shape[1]))
         os.write(writer, " ".join(said).encode())
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(reader, 100).decode().split() == ["InferenceError"] * 3 + ["DeviceError"]
+    assert os.read(reader, 100).decode().split() == [
+        *["InferenceError"] * 3,
+        "DeviceError",
+        "50",
+    ]
 
 
 def test_an_encoder_travels_to_another_process(clip_bundle: Path, tmp_path: Path) -> None:
