@@ -8,7 +8,6 @@ Pillow), and DINOv3 (rescaled to float first, then a float resize).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,22 +17,35 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vistower import native
 from vistower.errors import ImageFormatError, ProcessorConfigError
-from vistower.images import ImageInput, checked_array, open_image
-from vistower.resize import Filter, resize
+from vistower.images import (
+    ImageInput,
+    checked_array,
+    is_encoded,
+    loaded,
+    open_image,
+    pixel_view,
+)
+from vistower.resize import Filter, nearest, resize, resize_float
 
 Backend = Literal["torchvision", "pil"]
 Transparency = Literal["white", "dropped"]
 Pixels = Literal["float32", "uint8"]
 Array = npt.NDArray[np.float32]
 
-RESAMPLE: Mapping[int, Filter] = {2: "bilinear", 3: "bicubic"}
+RESAMPLE: Mapping[int, Filter] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
 """``resample`` of a config (PIL's numbers) → the filter."""
 
-_PILLOW_FILTERS: Mapping[Filter, Image.Resampling] = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+_PIL_ONLY: frozenset[Filter] = frozenset({"box", "hamming"})
+"""Filters torchvision does not have for tensors: its processors fail on them."""
 
 _CLIP_NAMES = frozenset(
     {
@@ -65,6 +77,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """What the Hugging Face classes assume where a config is silent or says null."""
+
+_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+"""Modes of PIL images with more than eight bits a channel."""
 
 _REFUSED_IF_SET = ("do_pad", "pad_size", "size_divisor", "use_square_size", "do_flip_channel_order")
 
@@ -136,10 +151,11 @@ class Preprocessor:
             return _DEFAULTS[family].get(key) if value is None else value
 
         resample = RESAMPLE.get(option("resample"))
-        if resample is None:
+        if resample is None or (resample in _PIL_ONLY and backend != "pil"):
             raise ProcessorConfigError(
-                f"resample={option('resample')!r} is not reproduced; 2 (bilinear) and 3 (bicubic) "
-                f"are."
+                f"resample={option('resample')!r} is not reproduced. The torchvision processors "
+                f"have 0 (nearest), 1 (lanczos), 2 (bilinear) and 3 (bicubic), CLIP's PIL backend "
+                f"4 (box) and 5 (hamming) too."
             )
         size = _size(option("size"), default_to_square=family != "clip")
         crop = _pair(option("crop_size"), "crop_size") if option("do_center_crop") else None
@@ -188,32 +204,31 @@ class Preprocessor:
 
         Args:
             image: a PIL image of any mode the processor takes (its EXIF orientation is not
-                applied: the processor does not either), an array H x W x 3 of uint8, or a path
-                (opened with `vistower.images.open_image`).
+                applied: the processor does not either), an array H x W x 3 of uint8, or what
+                `vistower.images.open_image` opens: a path, bytes or a binary file object.
             out: (3, H, W) float32; uint8 of a processor that gives levels.
 
         Raises:
             ImageDecodeError, ImageFormatError: the picture cannot be used.
         """
-        pixels = self._pixels(image)
-        size = self._resized(pixels.shape[0], pixels.shape[1])
+        picture = self._picture(image)
+        if isinstance(picture, Image.Image):
+            size = self._resized(picture.height, picture.width)
+        else:
+            size = self._resized(*picture.shape[:2])
         height, width = self.output_size
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         window = (top, left, top + height, left + width)
         if out is None:
             out = np.empty((3, height, width), dtype=self.pixels)
         if self.rescale_first:
-            scaled = resize(pixels, size, window, self.resample, "float")
-            self._finish_float(scaled, out)
+            self._write_floats(picture, size, window, out)
             return out
-        levels = self._levels(pixels, size, window)
+        levels = self._levels(picture, size, window)
         if self.pixels == "uint8":
-            out[:] = levels
-            return out
-        table = self._table
-        for channel in range(3):
-            plane = levels[channel if len(levels) == 3 else 0]
-            np.take(table[channel], plane.astype(np.intp), out=out[channel])
+            out[:] = levels[:3]
+        else:
+            self._write_levels(levels, out)
         return out
 
     @property
@@ -242,47 +257,56 @@ class Preprocessor:
             )
         return replace(self, pixels="uint8")
 
-    def _pixels(self, image: ImageInput) -> npt.NDArray[Any]:
-        """The picture as (H, W, C): uint8, or float32 already rescaled (DINOv3)."""
-        if isinstance(image, (str, os.PathLike)):
+    def _picture(self, image: ImageInput) -> Image.Image | npt.NDArray[np.uint8]:
+        """The picture, decoded and of a mode the processor takes."""
+        if is_encoded(image):
             image = open_image(image)
-        if isinstance(image, Image.Image):
-            array = np.asarray(self._to_rgb(image) if self.convert_rgb else image)
-            if array.ndim == 2:
-                array = array[:, :, None]
-            if array.shape[2] not in (1, 3) or (array.dtype != np.uint8 and not self.rescale_first):
-                raise ImageFormatError(
-                    f"{self.processor} takes no picture of mode {image.mode} (its config does not "
-                    f"convert to RGB). Pass image.convert('RGB')."
-                )
-            if not array.size:
-                raise ImageFormatError(f"A picture of {image.width} x {image.height} is empty.")
-        elif isinstance(image, np.ndarray):
-            array = checked_array(image)
-        else:
+        if isinstance(image, np.ndarray):
+            return checked_array(image)
+        if not isinstance(image, Image.Image):
             raise ImageFormatError(
                 f"{type(image).__name__} is no picture. Pass a PIL image, an array H x W x 3 of "
-                f"uint8, or a path."
+                f"uint8, a path, an encoded picture's bytes or a binary file object."
             )
-        if self.rescale_first:
-            return array.astype(np.float32) * np.float32(self.rescale_factor)
-        return array
+        if not image.width or not image.height:
+            raise ImageFormatError(f"A picture of {image.width} x {image.height} is empty.")
+        image = loaded(image)
+        if self.convert_rgb:
+            return self._to_rgb(image)
+        bands, levels = len(image.getbands()), image.mode not in _DEEP_MODES
+        if bands not in (1, 3) or not (levels or self.rescale_first):
+            raise ImageFormatError(
+                f"{self.processor} takes no picture of mode {image.mode} (its config does not "
+                f"convert to RGB). Pass image.convert('RGB')."
+            )
+        return image
 
     def _levels(
         self,
-        pixels: npt.NDArray[np.uint8],
+        picture: Image.Image | npt.NDArray[np.uint8],
         size: tuple[int, int],
         window: tuple[int, int, int, int],
     ) -> npt.NDArray[Any]:
-        """The window of the resized picture, (C, H, W), levels 0..255."""
-        if self.backend == "torchvision":
-            return resize(pixels, size, window, self.resample, "torchvision")
-        # Pillow itself: which axis it resamples first has changed between its releases.
-        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-        resized = image.resize((size[1], size[0]), _PILLOW_FILTERS[self.resample])
-        top, left, bottom, right = window
-        array = np.asarray(resized.crop((left, top, right, bottom)))
-        return np.atleast_3d(array).transpose(2, 0, 1)
+        """The window of the resized picture, (1, 3 or 4, H, W), levels 0..255."""
+        if self.backend != "pil" and self.resample == "nearest":
+            array = pixel_view(picture) if isinstance(picture, Image.Image) else picture
+            return nearest(array, size, window)
+        if not isinstance(picture, Image.Image):
+            if self.backend != "pil" and not native.can_resize(picture.shape, size, window):
+                return resize(picture, size, window, self.resample)
+            picture = Image.fromarray(picture)
+        if self.backend == "pil":
+            # Pillow itself: which axis it resamples first has changed between its releases.
+            top, left, bottom, right = window
+            resized = picture.resize((size[1], size[0]), Image.Resampling[self.resample.upper()])
+            return pixel_view(resized.crop((left, top, right, bottom))).transpose(2, 0, 1)
+        if picture.mode == "RGB" and native.can_resize(
+            (picture.height, picture.width), size, window
+        ):
+            resized = native.resize(picture, size, window, self.resample)
+            return pixel_view(resized).transpose(2, 0, 1)
+        pixels = pixel_view(picture)[:, :, :3]
+        return resize(pixels.astype(np.uint8, copy=False), size, window, self.resample)
 
     def _to_rgb(self, image: Image.Image) -> Image.Image:
         has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
@@ -290,7 +314,7 @@ class Preprocessor:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Size after the resize; the long side is cut to an integer, as the processor does."""
@@ -300,32 +324,64 @@ class Preprocessor:
             return self.size, int(self.size * width / height)
         return int(self.size * height / width), self.size
 
-    def _finish_float(self, scaled: npt.NDArray[Any], out: Array) -> None:
-        """Normalize float pixels; one channel serves all three, as broadcasting does in torch."""
-        if self.mean is None or self.std is None:
-            out[:] = scaled
+    def _write_floats(
+        self,
+        picture: Image.Image | npt.NDArray[np.uint8],
+        size: tuple[int, int],
+        window: tuple[int, int, int, int],
+        out: Array,
+    ) -> None:
+        """Rescale, resize and normalize, the first and the last folded into one factor.
+
+        One channel serves all three, as broadcasting does in torch.
+        """
+        pixels = pixel_view(picture) if isinstance(picture, Image.Image) else picture
+        mean = np.zeros(3) if self.mean is None else np.asarray(self.mean)
+        std = np.ones(3) if self.std is None else np.asarray(self.std)
+        scale = (self.rescale_factor / std).astype(np.float32)
+        if self.resample == "nearest":
+            levels = nearest(pixels, size, window)[: 3 if pixels.shape[2] >= 3 else 1]
+            np.multiply(levels, scale[:, None, None], out=out, dtype=np.float32, casting="unsafe")
+        elif pixels.shape[2] == 1:
+            resize_float(pixels, np.ones(1, np.float32), size, window, self.resample, out[:1])
+            np.multiply(out[:1], scale[:, None, None], out=out)
+        else:
+            resize_float(pixels, scale, size, window, self.resample, out)
+        if self.mean is not None:
+            out -= (mean / std).astype(np.float32)[:, None, None]
+
+    def _write_levels(self, levels: npt.NDArray[Any], out: Array) -> None:
+        """Rescale and normalize levels, in the arithmetic of `_table`."""
+        planes = levels[:3] if len(levels) >= 3 else np.broadcast_to(levels, out.shape)
+        if self.backend == "torchvision" and self.mean is not None and self.std is not None:
+            mean, std = self._scaled_mean_and_std
+            np.subtract(planes, mean[:, None, None], out=out, dtype=np.float32, casting="unsafe")
+            np.divide(out, std[:, None, None], out=out)
             return
-        np.subtract(scaled, np.asarray(self.mean, np.float32)[:, None, None], out=out)
-        out /= np.asarray(self.std, np.float32)[:, None, None]
+        for channel in range(3):
+            np.take(self._table[channel], planes[channel].astype(np.intp), out=out[channel])
+
+    @cached_property
+    def _scaled_mean_and_std(self) -> tuple[Array, Array]:
+        """torchvision subtracts mean/factor from levels and divides by std/factor, in float32."""
+        inverse = np.float32(1.0 / self.rescale_factor)
+        mean: Array = np.asarray(self.mean, np.float32) * inverse
+        std: Array = np.asarray(self.std, np.float32) * inverse
+        return mean, std
 
     @cached_property
     def _table(self) -> Array:
         """(3, 256): the value of each level of each channel, in the backend's own arithmetic.
 
-        torchvision divides by std/factor after subtracting mean/factor, in float32; the PIL
-        backend multiplies in float64 and normalizes in float32.
+        The PIL backend multiplies in float64 and normalizes in float32; torchvision comes here
+        only without normalization.
         """
-        levels = np.arange(256, dtype=np.float64)
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
         if self.mean is None or self.std is None:
-            scaled = (levels * self.rescale_factor).astype(np.float32)
             return np.broadcast_to(scaled, (3, 256)).copy()
         mean = np.asarray(self.mean, np.float32)[:, None]
         std = np.asarray(self.std, np.float32)[:, None]
-        if self.backend == "pil":
-            scaled = (levels * self.rescale_factor).astype(np.float32)
-            return ((scaled - mean) / std).astype(np.float32)
-        inverse = np.float32(1.0 / self.rescale_factor)
-        table: Array = (levels.astype(np.float32) - mean * inverse) / (std * inverse)
+        table: Array = (scaled - mean) / std
         return table
 
 

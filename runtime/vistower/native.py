@@ -1,0 +1,119 @@
+"""torchvision's uint8 resize through the ``cykooz_resizer`` wheel, where that is installed.
+
+The library (fast_image_resize, after Pillow-SIMD as ATen's kernel is) computes an axis with the
+very integers of `vistower.resize`: weights x 2**p rounded to int16, sums in int32, a shift that
+rounds, a clamp to 0..255. Only its order differs, so each axis is a call of its own, horizontally
+first. It reads Pillow's images in place, releases the GIL, and needs AVX2, SSE4.1 or NEON to be
+fast. tests/test_preprocess.py proves the equality; without the wheel NumPy computes the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vistower.resize import Filter
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_PILLOW_MAJORS = range(11, 14)
+"""The library knows the memory layout of Pillow's images in these versions."""
+
+_MAX_SCALE = 64
+"""Up to here every weight is large enough that ATen's limit on the precision does not act."""
+
+_MAX_WASTE = 4
+"""Pixels computed for one that is kept; beyond, computing the window alone costs less."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ModuleType | None:
+    """The library, or None where it is missing or does not know this Pillow."""
+    try:
+        if int(version("pillow").split(".")[0]) not in _PILLOW_MAJORS:
+            return None
+        return import_module("cykooz_resizer")
+    except (ImportError, PackageNotFoundError, ValueError):
+        return None
+
+
+def can_resize(
+    shape: tuple[int, ...], size: tuple[int, int], window: tuple[int, int, int, int]
+) -> bool:
+    """Whether `resize` equals `vistower.resize.resize` for an RGB image, and is worth calling.
+
+    ``shape`` is its (height, width), ``size`` that of the whole result, ``window`` top, left,
+    bottom, right of the part wanted.
+    """
+    if library() is None:
+        return False
+    top, left, bottom, right = window
+    return (
+        shape[0] <= _MAX_SCALE * size[0]
+        and shape[1] <= _MAX_SCALE * size[1]
+        and size[0] <= _MAX_WASTE * (bottom - top)
+        and size[1] <= _MAX_WASTE * (right - left)
+    )
+
+
+def resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    window: tuple[int, int, int, int],
+    kind: Filter,
+) -> Image.Image:
+    """The window of a resized RGB image; the result is overwritten by this thread's next call."""
+    tools = _tools()
+    top, left, bottom, right = window
+    if image.width != size[1]:
+        image = tools.pass_(image, (size[1], image.height), kind, "across")
+    if (left, right) != (0, image.width):
+        image = image.crop((left, 0, right, image.height))
+    if image.height != size[0]:
+        image = tools.pass_(image, (image.width, size[0]), kind, "down")
+    if (top, bottom) != (0, image.height):
+        image = image.crop((0, top, image.width, bottom))
+    return image
+
+
+class _Tools(threading.local):
+    """A resizer has a lock and the library a pool of threads: each of our threads has its own."""
+
+    def __init__(self) -> None:
+        module: Any = library()
+        filters = {
+            "bilinear": module.FilterType.bilinear,
+            "bicubic": module.FilterType.catmull_rom,
+            "lanczos": module.FilterType.lanczos3,
+        }
+        # A pool of one: the picture is computed by one thread, whatever RAYON_NUM_THREADS says.
+        pool = module.ResizerThreadPool(1)
+        self._options = {
+            kind: module.ResizeOptions(
+                resize_alg=module.ResizeAlg.convolution(filter_), use_alpha=False, thread_pool=pool
+            )
+            for kind, filter_ in filters.items()
+        }
+        self._resizer = module.Resizer()
+        self._results: dict[str, Image.Image] = {}
+
+    def pass_(
+        self, image: Image.Image, size: tuple[int, int], kind: Filter, axis: str
+    ) -> Image.Image:
+        result = self._results.get(axis)
+        # Fresh memory costs page faults: about as much as the resize.
+        if result is None or result.size != size:
+            result = self._results[axis] = Image.new("RGB", size)
+        self._resizer.resize_pil(image, result, self._options[kind])
+        return result
+
+
+@lru_cache(maxsize=1)
+def _tools() -> _Tools:
+    return _Tools()
