@@ -27,7 +27,6 @@ from vistower.errors import (
     BundleCorruptError,
     EmptyInputError,
     GoldenMismatchError,
-    ImageError,
     MissingExtraError,
     VistowerError,
 )
@@ -201,6 +200,9 @@ def embed(
     output: Annotated[Path, typer.Option(help="A .npz or .npy file.")],
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that read pictures; default: measured.")
+    ] = None,
     patches: Annotated[
         bool, typer.Option("--patches", help="Patch tokens too (.npz only).")
     ] = False,
@@ -224,22 +226,23 @@ def embed(
     names: list[str] = []
     cls: list[np.ndarray[Any, Any]] = []
     patch: list[np.ndarray[Any, Any]] = []
-    starts = range(0, len(files), batch_size)
-    for start in track(starts, "embedding", console=err, disable=not err.is_terminal):
-        chunk = files[start : start + batch_size]
-        pixel_values, read = _readable(encoder, chunk, skip_errors)
-        if not read:
+    results = encoder.encode_stream(
+        files, batch_size=batch_size, workers=workers, on_error="record" if skip_errors else "raise"
+    )
+    shown = track(results, "embedding", len(files), console=err, disable=not err.is_terminal)
+    for file, result in zip(files, shown, strict=True):
+        if result.error is not None:
+            err.print(f"skipped: {result.error}")
             continue
-        state = encoder.forward(pixel_values)
-        names += [str(file) for file in read]
-        cls.append(encoder.layout.cls(state).copy())
+        names.append(str(file))
+        cls.append(result.cls)
         if patches:
-            patch.append(encoder.layout.patches(state))
+            patch.append(result.patches)
     if not names:
         raise EmptyInputError("None of the pictures could be read; nothing was written.")
-    arrays = {"names": np.array(names), "cls": np.concatenate(cls)}
+    arrays = {"names": np.array(names), "cls": np.stack(cls)}
     if patches:
-        arrays["patches"] = np.concatenate(patch)
+        arrays["patches"] = np.stack(patch)
     _write(output, arrays)
     manifest = encoder.bundle.manifest
     label = " (random-weight)" if manifest and manifest.source.random_weight else ""
@@ -247,22 +250,6 @@ def embed(
         f"{len(names)} pictures, {encoder.layout.hidden_size} numbers each, by "
         f"{encoder.bundle.name}{label} on {encoder.device}: {output}"
     )
-
-
-def _readable(
-    encoder: VisionEncoder, files: Sequence[Path], skip_errors: bool
-) -> tuple[np.ndarray[Any, Any], list[Path]]:
-    if not skip_errors:
-        return encoder.preprocess(files), list(files)
-    rows, read = [], []
-    for file in files:
-        try:
-            rows.append(encoder.preprocess(file))
-        except ImageError as error:
-            err.print(f"skipped: {error}")
-        else:
-            read.append(file)
-    return (np.concatenate(rows) if rows else np.empty(0)), read
 
 
 def _write(output: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Generator,
+    Iterable,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,16 +25,17 @@ from vistower.bundle import Bundle, BundleGraph, find_bundle
 from vistower.cuda_machine import compute_capability
 from vistower.cuda_problems import DeviceChoice, choose_device
 from vistower.device import Device, DeviceLike, ProviderLike, parse_providers
-from vistower.errors import DeviceError, EmptyInputError, ImageFormatError
+from vistower.errors import DeviceError, EmptyInputError, ImageFormatError, OptionError
 from vistower.finite import FiniteGuard
-from vistower.images import ImageInput
+from vistower.images import ImageInput, is_encoded
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
 from vistower.preprocess import Preprocessor
 from vistower.providers import SessionOptions
 from vistower.replicas import Replicas
 from vistower.session import Session
-from vistower.threads import available_cpus
+from vistower.stream import OnError, Pipeline, StreamOptions, StreamResult, astream, stream
+from vistower.threads import available_cpus, preparing_workers
 from vistower.tokens import TokenLayout
 
 logger = logging.getLogger("vistower")
@@ -167,8 +175,9 @@ class VisionEncoder:
         For a graph that takes uint8, the levels before rescaling and normalization.
 
         Args:
-            images: one picture or several. A picture is a PIL image of any mode the processor
-                takes, an H×W×3 uint8 array, or a path (opened with its EXIF orientation applied).
+            images: one picture or several, of one kind or mixed. A picture is a PIL image of any
+                mode the processor takes, an H×W×3 uint8 array, or an encoded picture (its EXIF
+                orientation is applied): a path, its bytes, or a binary file object.
 
         Raises:
             EmptyInputError: no picture.
@@ -176,13 +185,13 @@ class VisionEncoder:
         """
         return self._preprocess(_as_list(images))
 
+    def _empty(self, batch_size: int) -> Array:
+        if self.session.input_dtype == self._dtype:
+            return self.session.empty(batch_size)
+        return np.empty((batch_size, 3, *self.layout.image_size), dtype=self._dtype)
+
     def _preprocess(self, images: list[ImageInput]) -> Array:
-        height, width = self.layout.image_size
-        pixel_values = (
-            self.session.empty(len(images))
-            if self.session.input_dtype == self._dtype
-            else np.empty((len(images), 3, height, width), dtype=self._dtype)
-        )
+        pixel_values = self._empty(len(images))
         for image, out in zip(images, pixel_values, strict=True):
             self.processor(image, out=out)
         return pixel_values
@@ -204,9 +213,10 @@ class VisionEncoder:
             EmptyInputError: no picture.
             ImageDecodeError, ImageFormatError: a picture cannot be used.
             InferenceError: ONNX Runtime failed.
+            OptionError: a batch size below 1.
         """
         if batch_size < 1:
-            raise EmptyInputError(f"batch_size={batch_size} was asked for; it must be at least 1.")
+            raise OptionError(f"batch_size={batch_size} was asked for; it must be at least 1.")
         pictures = _as_list(images)
         states = [
             self.forward(self._preprocess(pictures[start : start + batch_size]))
@@ -214,6 +224,82 @@ class VisionEncoder:
         ]
         state = states[0] if len(states) == 1 else np.concatenate(states)
         return Embeddings(cls=self.layout.cls(state), patches=self.layout.patches(state))
+
+    def encode_stream(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        batch_size: int = 32,
+        workers: int | None = None,
+        prefetch: int = 2,
+        on_error: OnError = "raise",
+    ) -> Generator[StreamResult, None, None]:
+        """Embed any number of pictures, one result each, in order, in bounded memory.
+
+        Decoding and preprocessing run in ``workers`` threads while the graph runs in another. The
+        source is pulled by the thread that asks for results, at most ``batch_size * (1 +
+        prefetch)`` pictures past the last one given out, so it may be endless. Closing the
+        iterator, or dropping it, ends the threads. A file object is read when it is pulled; a PIL
+        image or an array must stay as it is until its result has come.
+
+        Args:
+            images: pictures as for `preprocess`, mixed as they come.
+            batch_size: pictures per forward pass.
+            workers: threads that decode and preprocess; None for a number that leaves a CPU tower
+                its cores and keeps a GPU fed.
+            prefetch: batches prepared beyond the one being given out.
+            on_error: a picture that cannot be used is raised in its place (``raise``), left out
+                (``skip``), or comes as a result that holds the error (``record``).
+
+        Raises:
+            OptionError: at the call.
+            ImageFormatError: at the call, if one picture is passed instead of several.
+            ImageDecodeError, ImageFormatError: in a picture's place, under ``raise``.
+            InferenceError: ONNX Runtime failed; in the place of the batch's first picture.
+        """
+        return stream(images, self._pipeline(images, batch_size, workers, prefetch, on_error))
+
+    def aencode_stream(
+        self,
+        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        *,
+        batch_size: int = 32,
+        workers: int | None = None,
+        prefetch: int = 2,
+        on_error: OnError = "raise",
+    ) -> AsyncGenerator[StreamResult, None]:
+        """`encode_stream` for asyncio: ``async for result in encoder.aencode_stream(...)``.
+
+        The event loop pulls the source; give an asynchronous one where the next picture is waited
+        for. ``aclose()`` ends the threads; wrap it in ``contextlib.aclosing`` where a loop over it
+        may be left early or cancelled, as any asynchronous generator.
+        """
+        return astream(images, self._pipeline(images, batch_size, workers, prefetch, on_error))
+
+    def _pipeline(
+        self,
+        images: object,
+        batch_size: int,
+        workers: int | None,
+        prefetch: int,
+        on_error: OnError,
+    ) -> Callable[[], Pipeline]:
+        """Check the arguments now, start the threads later."""
+        one = isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4
+        if one or is_encoded(images) or not isinstance(images, (Iterable, AsyncIterable)):
+            raise ImageFormatError(
+                f"A stream takes an iterable of pictures, not a {type(images).__name__}: pass a "
+                f"list or a generator, or use encode() for one picture."
+            )
+        if workers is None:
+            workers = self.preparing_workers
+        options = StreamOptions(batch_size, workers, prefetch, on_error)
+        return lambda: Pipeline(self.layout, self._empty, self.processor, self.forward, options)
+
+    @property
+    def preparing_workers(self) -> int:
+        """Threads that decode and preprocess beside the tower, where a caller names no number."""
+        return preparing_workers(on_cpu=not any(device.on_gpu for device in self.session.devices))
 
     def forward(self, pixel_values: Array) -> Array:
         """``pixel_values`` (B, 3, H, W) float32 → ``last_hidden_state`` (B, T, D) float32.
@@ -302,7 +388,7 @@ def _reopen(
 
 
 def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
-    if isinstance(images, (Image.Image, str, os.PathLike)):
+    if isinstance(images, Image.Image) or is_encoded(images):
         return [cast("ImageInput", images)]
     if isinstance(images, np.ndarray):
         if images.ndim == 4:
@@ -312,9 +398,9 @@ def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
     if not isinstance(images, Iterable):
         raise ImageFormatError(
             f"{type(images).__name__} is no picture. Pass a PIL image, an H×W×3 uint8 array, a "
-            f"path, or several of them."
+            f"path, an encoded picture's bytes, a binary file object, or several of them."
         )
-    pictures = list(images)
+    pictures = cast("list[ImageInput]", list(images))
     if not pictures:
         raise EmptyInputError("There is no picture to embed: the batch is empty.")
     return pictures

@@ -7,6 +7,8 @@
     │   ├── ImageDecodeError                 its bytes are not a readable picture
     │   └── ImageFormatError                 its type, shape, dtype or mode is not accepted
     ├── EmptyInputError (ValueError)         an empty batch, folder or glob
+    ├── OptionError (ValueError)             an argument has a value that is not allowed
+    ├── ClosedError (RuntimeError)           a closed batcher was asked
     ├── ProcessorConfigError (ValueError)    an option that is not reproduced
     ├── BundleError                          a bundle on disk cannot be used
     │   ├── BundleNotFoundError (FileNotFoundError)
@@ -62,6 +64,14 @@ class ImageFormatError(ImageError):
 
 class EmptyInputError(VistowerError, ValueError):
     """There is nothing to embed: an empty batch, folder or glob."""
+
+
+class OptionError(VistowerError, ValueError):
+    """An argument of a call has a value that is not allowed."""
+
+
+class ClosedError(VistowerError, RuntimeError):
+    """A batcher was used after it was closed."""
 
 
 class ProcessorConfigError(VistowerError, ValueError):

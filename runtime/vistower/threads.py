@@ -21,6 +21,17 @@ def available_cpus() -> int:
     return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
+def preparing_workers(*, on_cpu: bool) -> int:
+    """Threads that decode and preprocess beside a tower.
+
+    A tower on the CPU takes every core itself and needs several times longer for a picture than
+    its decoding: one worker for each eight cores keeps it fed, and more only interrupt its
+    threads (measured in benchmarks/stream.py). A tower on a GPU leaves all cores to them.
+    """
+    cpus = available_cpus()
+    return math.ceil(cpus / 8) if on_cpu else cpus
+
+
 def _cgroup_quota() -> float | None:
     """CPU quota in cores, or None where there is none (cgroup v2 ``cpu.max``, v1 ``cfs_quota``)."""
     try:
