@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from vistower.errors import (
     ImageFormatError,
     MaskError,
     MissingModelPathError,
+    OptionError,
     OutputTypeError,
 )
 from vistower.output import FeatureArray
@@ -358,6 +361,84 @@ except Exception as error:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == "OutputTypeError"
+
+
+# The two features of one picture
+
+
+@pytest.fixture
+def forwards(clip: CLIPMixin, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each forward pass of the fixture `clip`."""
+    calls: list[int] = []
+    run = clip.model.session.run
+
+    def counted(pixel_values: np.ndarray) -> np.ndarray:
+        calls.append(len(pixel_values))
+        return run(pixel_values)
+
+    monkeypatch.setattr(clip.model.session, "run", counted)
+    return calls
+
+
+def test_both_features_of_a_picture_cost_one_forward(clip: CLIPMixin, forwards: list[int]) -> None:
+    one, two = picture(), picture()
+    want = clip.model.encode([one, two])
+    forwards.clear()
+    for image, index in ((one, 0), (two, 1), (one, 0)):
+        assert np.allclose(clip.get_cls_feature(image), want.cls[index], atol=1e-5)
+        assert np.allclose(clip.get_features(image), want.patches[index], atol=1e-5)
+    clip.get_features(np.asarray(one), np.ones(49, bool))
+    assert len(forwards) == 2
+
+
+def test_a_changed_picture_is_another_one(clip: CLIPMixin, forwards: list[int]) -> None:
+    array = np.asarray(picture()).copy()
+    image = Image.fromarray(array)
+    before = clip.get_cls_feature(array)
+    array[10:40] = 7
+    image.paste((7, 7, 7), (0, 10, image.width, 40))
+    after = clip.get_cls_feature(array)
+    assert not torch.equal(before, after)
+    assert torch.equal(clip.get_cls_feature(image), after)
+    assert len(forwards) == 2
+
+
+def test_a_result_changed_in_place_does_not_come_back(clip: CLIPMixin) -> None:
+    image = picture()
+    want = clip.get_features(image).clone()
+    clip.get_features(image).mul_(0)
+    clip.get_cls_feature(image).mul_(0)
+    assert torch.equal(clip.get_features(image), want)
+
+
+def test_the_cache_can_be_turned_off_and_is_bounded(
+    clip: CLIPMixin, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture()
+    monkeypatch.setenv("VISTOWER_FEATURE_CACHE", "0")
+    for _ in range(3):
+        clip.get_features(image)
+    assert len(forwards) == 3
+    monkeypatch.setenv("VISTOWER_FEATURE_CACHE", "2")
+    for other in (image, picture(), picture(), image):
+        clip.get_features(other)
+    assert len(forwards) == 7
+    monkeypatch.setenv("VISTOWER_FEATURE_CACHE", "many")
+    with pytest.raises(OptionError, match="0 turns"):
+        clip.get_features(image)
+
+
+def test_a_mixin_is_shared_by_threads(clip: CLIPMixin) -> None:
+    images = [picture() for _ in range(6)]
+    want = [clip.get_cls_feature(image) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        have = list(pool.map(clip.get_cls_feature, images * 10))
+    assert all(torch.equal(a, b) for a, b in zip(have, want * 10, strict=True))
+
+
+def test_a_mixin_can_be_pickled(clip: CLIPMixin) -> None:
+    want = clip.get_features(SAMPLES[0])
+    assert torch.equal(pickle.loads(pickle.dumps(clip)).get_features(SAMPLES[0]), want)
 
 
 def test_failures_reach_the_caller_with_their_cause(clip: CLIPMixin, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """`CLIPMixin` and `DINOv3Mixin`: drop-in replacements of the torch mixins of the same names.
 
 Each brings a patch-level method, a CLS method, its input size and its patch size; nothing else.
-Results are torch tensors or NumPy arrays, see `vistower.output`.
+Results are torch tensors or NumPy arrays, see `vistower.output`. Both features of one picture cost
+one forward pass, see `vistower.cache`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vistower.cache import FeatureCache
 from vistower.encoder import VisionEncoder
 from vistower.errors import MaskError, MissingModelPathError
 from vistower.images import ImageInput
@@ -28,6 +30,7 @@ class _Features:
     processor: Preprocessor
     model: VisionEncoder
     patch_size: int
+    _feature_cache: FeatureCache
 
     def _load(self, model_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> int:
         """Open the model's bundle; returns its input size in pixels.
@@ -39,6 +42,7 @@ class _Features:
         self.model = VisionEncoder.open(model_path, device="auto" if device is None else device)
         self.device = self.model.device
         self.processor = self.model.processor
+        self._feature_cache = FeatureCache()
         self.patch_size = self.model.layout.patch_size
         return self.model.layout.image_size[0]
 
@@ -53,7 +57,7 @@ class _Features:
             ImageDecodeError, ImageFormatError: the picture cannot be used.
             MaskError: the mask has another length or is not boolean; it is an ``IndexError``.
         """
-        patches = self.model.encode(image).patches[0]
+        patches = self.model.layout.patches(self._forward(image))[0]
         return to_output(patches if mask is None else patches[_boolean_mask(mask, len(patches))])
 
     def get_cls_feature(self, image: ImageInput) -> Any:
@@ -62,7 +66,10 @@ class _Features:
         Raises:
             ImageDecodeError, ImageFormatError: the picture cannot be used.
         """
-        return to_output(self.model.encode(image).cls)
+        return to_output(self.model.layout.cls(self._forward(image)))
+
+    def _forward(self, image: ImageInput) -> npt.NDArray[np.float32]:
+        return self._feature_cache.forward(self.model.preprocess(image), self.model.forward)
 
 
 class CLIPMixin(_Features):
