@@ -1,8 +1,9 @@
 """Image embeddings from CLIP and DINOv3 vision towers on ONNX Runtime, without torch.
 
-`VisionEncoder` embeds pictures; `CLIPMixin` and `DINOv3Mixin` replace the torch mixins of the
-same names. Each name below is imported when it is first used (PEP 562), and ONNX Runtime when the
-first encoder is opened, so that importing this package costs next to nothing.
+`VisionEncoder` embeds pictures, `DynamicBatcher` those of many callers; `CLIPMixin` and
+`DINOv3Mixin` replace the torch mixins of the same names. Each name below is imported when it is
+first used (PEP 562), and ONNX Runtime when the first encoder is opened, so that importing this
+package costs next to nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vistower import errors
     from vistower.backbones import EMBED_MODEL_RESOLUTION
+    from vistower.batcher import DynamicBatcher
     from vistower.encoder import Embeddings, VisionEncoder
     from vistower.errors import VistowerError
     from vistower.mixins import CLIPMixin, DINOv3Mixin
     from vistower.providers import SessionOptions
+    from vistower.stream import StreamResult
 
 __all__ = [
     "EMBED_MODEL_RESOLUTION",
     "CLIPMixin",
     "DINOv3Mixin",
+    "DynamicBatcher",
     "Embeddings",
     "SessionOptions",
+    "StreamResult",
     "VisionEncoder",
     "VistowerError",
     "errors",
@@ -33,8 +38,10 @@ _MODULES = {
     "EMBED_MODEL_RESOLUTION": "vistower.backbones",
     "CLIPMixin": "vistower.mixins",
     "DINOv3Mixin": "vistower.mixins",
+    "DynamicBatcher": "vistower.batcher",
     "Embeddings": "vistower.encoder",
     "SessionOptions": "vistower.providers",
+    "StreamResult": "vistower.stream",
     "VisionEncoder": "vistower.encoder",
     "VistowerError": "vistower.errors",
 }

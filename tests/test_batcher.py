@@ -1,0 +1,154 @@
+"""Many callers of one tower, with and without the dynamic batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vistower import DynamicBatcher, VisionEncoder
+from vistower.errors import ClosedError, ImageDecodeError, InferenceError, OptionError
+from vistower_export.pictures import SAMPLES
+
+IMAGES = [np.full((6 + index, 9, 3), index * 7, np.uint8) for index in range(24)]
+
+
+@pytest.fixture(scope="module")
+def encoder(clip_bundle: Path) -> VisionEncoder:
+    return VisionEncoder.open(clip_bundle, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(encoder: VisionEncoder) -> np.ndarray:
+    return encoder.encode(IMAGES).cls
+
+
+@pytest.fixture
+def batches(encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of each forward pass, made slow enough for callers to gather."""
+    sizes: list[int] = []
+    run = encoder.session.run
+
+    def slow(pixel_values: np.ndarray) -> np.ndarray:
+        sizes.append(len(pixel_values))
+        time.sleep(0.02)
+        return run(pixel_values)
+
+    monkeypatch.setattr(encoder.session, "run", slow)
+    return sizes
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_threads() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+def close(have: Any, want: np.ndarray) -> bool:
+    return bool(np.abs(np.concatenate([one.cls for one in have]) - want).max() <= 1e-5)
+
+
+def test_one_encoder_is_shared_by_threads(encoder: VisionEncoder, expected: np.ndarray) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        assert close(list(pool.map(encoder.encode, IMAGES * 4)), np.tile(expected, (4, 1)))
+
+
+def test_concurrent_calls_are_merged(
+    encoder: VisionEncoder, expected: np.ndarray, batches: list[int]
+) -> None:
+    with DynamicBatcher(encoder, max_batch=8) as batcher, ThreadPoolExecutor(24) as pool:
+        have = list(pool.map(batcher.encode, IMAGES))
+    assert close(have, expected)
+    assert all(one.patches.shape == (1, 49, 64) for one in have)
+    assert sum(batches) == 24
+    assert max(batches) <= 8
+    assert len(batches) < 12
+
+
+def test_a_lone_caller_does_not_wait(encoder: VisionEncoder) -> None:
+    with DynamicBatcher(encoder, max_wait=60) as batcher:
+        assert batcher.encode(IMAGES[0]).cls.shape == (1, 64)
+
+
+def test_futures_and_asyncio(
+    encoder: VisionEncoder, expected: np.ndarray, batches: list[int]
+) -> None:
+    async def run(batcher: DynamicBatcher) -> list[Any]:
+        return list(await asyncio.gather(*(batcher.aencode(image) for image in IMAGES)))
+
+    with DynamicBatcher(encoder, workers=3) as batcher:
+        futures = [batcher.submit(image) for image in IMAGES]
+        assert close([future.result() for future in futures], expected)
+        assert close(asyncio.run(run(batcher)), expected)
+    assert len(batches) < 24
+
+
+def test_an_error_reaches_its_own_caller(encoder: VisionEncoder, expected: np.ndarray) -> None:
+    with DynamicBatcher(encoder) as batcher:
+        futures = [batcher.submit(image) for image in (IMAGES[0], b"no picture", IMAGES[1])]
+        with pytest.raises(ImageDecodeError, match="10 bytes"):
+            futures[1].result()
+        with pytest.raises(ImageDecodeError, match="missing"):
+            batcher.encode("missing.png")
+        assert close([futures[0].result(), futures[2].result()], expected[:2])
+
+
+def test_a_failed_batch_reaches_each_of_its_callers(
+    encoder: VisionEncoder, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(pixel_values: np.ndarray) -> np.ndarray:
+        raise InferenceError("out of memory")
+
+    with DynamicBatcher(encoder) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder.session, "run", fails)
+            futures = [batcher.submit(image) for image in IMAGES[:3]]
+            errors = [future.exception() for future in futures]
+        assert all(isinstance(error, InferenceError) for error in errors)
+        assert len(set(map(id, errors))) == 3
+        assert "out of memory" in str(errors[0])
+        assert close([batcher.encode(IMAGES[0])], expected[:1])
+
+
+def test_closing_answers_what_was_taken_and_refuses_the_rest(
+    encoder: VisionEncoder, expected: np.ndarray, batches: list[int]
+) -> None:
+    batcher = DynamicBatcher(encoder, max_batch=4)
+    futures = [batcher.submit(image) for image in IMAGES]
+    batcher.close()
+    assert close([future.result(timeout=0) for future in futures], expected)
+    for call in (batcher.encode, batcher.submit):
+        with pytest.raises(ClosedError):
+            call(SAMPLES[0])
+    batcher.close()
+
+
+def test_a_cancelled_picture_is_left_out(encoder: VisionEncoder, batches: list[int]) -> None:
+    with DynamicBatcher(encoder, workers=1) as batcher:
+        futures = [batcher.submit(SAMPLES[0]) for _ in range(12)]
+        cancelled = [future.cancel() for future in futures[6:]]
+    assert sum(cancelled) + sum(batches) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_batch": 0}, "max_batch=0"),
+        ({"max_wait": -1}, "max_wait=-1"),
+        ({"max_wait": float("nan")}, "max_wait=nan"),
+        ({"workers": 0}, "workers=0"),
+    ],
+)
+def test_wrong_options_are_refused(
+    options: dict[str, Any], says: str, encoder: VisionEncoder
+) -> None:
+    with pytest.raises(OptionError, match=says):
+        DynamicBatcher(encoder, **options)
