@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from vistower import native
-from vistower.errors import ImageDecodeError, ImageFormatError, ProcessorConfigError
+from vistower.errors import (
+    ImageDecodeError,
+    ImageFormatError,
+    OptionError,
+    ProcessorConfigError,
+)
 from vistower.images import open_image
 from vistower.preprocess import Preprocessor
 from vistower_export.pictures import SAMPLES
@@ -372,6 +378,20 @@ def test_options_are_honoured(name: str, change: dict[str, Any]) -> None:
 def test_other_options_are_refused_by_name(change: dict[str, Any]) -> None:
     with pytest.raises(ProcessorConfigError, match=next(iter(change))):
         Preprocessor.from_config(REFERENCES["clip-torchvision"].to_dict() | change)
+
+
+def test_draft_decoding_is_near_and_only_on_request(tmp_path: Path) -> None:
+    smooth = Image.open(SAMPLES[0]).convert("RGB").resize((1200, 900), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "a.jpg", quality=95)
+    smooth.save(tmp_path / "a.png")
+    for ours in OURS.values():
+        draft = replace(ours, decode="draft")
+        difference = np.abs(draft(tmp_path / "a.jpg") - ours(tmp_path / "a.jpg"))
+        assert 0 < difference.mean() < 0.05
+        assert np.array_equal(draft(tmp_path / "a.png"), ours(tmp_path / "a.png"))
+        assert np.array_equal(draft(smooth), ours(smooth))
+        with pytest.raises(OptionError, match="exact or draft"):
+            replace(ours, decode="fast")
 
 
 def test_it_can_be_pickled() -> None:

@@ -30,7 +30,7 @@ from vistower.finite import FiniteGuard
 from vistower.images import ImageInput, is_encoded
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
-from vistower.preprocess import Preprocessor
+from vistower.preprocess import Decode, Preprocessor
 from vistower.providers import SessionOptions
 from vistower.replicas import Replicas
 from vistower.session import Session
@@ -93,6 +93,7 @@ class VisionEncoder:
         graph: str | None = None,
         threads: int | None = None,
         options: SessionOptions | None = None,
+        decode: Decode = "exact",
     ) -> VisionEncoder:
         """Open a bundle.
 
@@ -112,6 +113,8 @@ class VisionEncoder:
                 for the fastest of that precision and resolution (TensorRT takes ``portable``).
             threads: CPU threads inside one run; None for all this process may use.
             options: how to use the device: memory, batch buckets, CUDA graphs and more.
+            decode: ``draft`` decodes large JPEGs scaled down: faster, and only nearly the same
+                pixels; see `vistower.preprocess.Preprocessor`.
 
         Raises:
             BundleNotFoundError, BundleCorruptError, BundleUnsupportedError: see `find_bundle`.
@@ -137,6 +140,7 @@ class VisionEncoder:
             one = chosen[0] if chosen else "auto"
             session = Session(path, one, threads, providers=providers, options=options)
         encoder = cls(found, taken, session, _guard(found, taken, session, options))
+        encoder.processor = replace(encoder.processor, decode=decode)
         weights = "random-weight " if found.manifest and found.manifest.source.random_weight else ""
         why = f"; auto: {chosen[0].reason}" if chosen and device == "auto" and not devices else ""
         logger.info(
@@ -151,7 +155,8 @@ class VisionEncoder:
         return encoder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.bundle.directory, self.graph, self.session, self._guard)
+        decode = self.processor.decode
+        return _reopen, (self.bundle.directory, self.graph, self.session, self._guard, decode)
 
     def __repr__(self) -> str:
         return f"VisionEncoder({self.bundle.name!r}, device={self.device!r})"
@@ -382,9 +387,15 @@ def _guard(
 
 
 def _reopen(
-    directory: Path, graph: BundleGraph, session: Session | Replicas, guard: FiniteGuard | None
+    directory: Path,
+    graph: BundleGraph,
+    session: Session | Replicas,
+    guard: FiniteGuard | None,
+    decode: Decode,
 ) -> VisionEncoder:
-    return VisionEncoder(Bundle.load(directory), graph, session, guard)
+    encoder = VisionEncoder(Bundle.load(directory), graph, session, guard)
+    encoder.processor = replace(encoder.processor, decode=decode)
+    return encoder
 
 
 def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:

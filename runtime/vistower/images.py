@@ -44,11 +44,18 @@ def detached(image: ImageInput) -> ImageInput:
     return image if not callable(getattr(image, "read", None)) else _read(cast("IO[bytes]", image))
 
 
-def open_image(source: str | os.PathLike[str] | Bytes | IO[bytes]) -> Image.Image:
+def open_image(
+    source: str | os.PathLike[str] | Bytes | IO[bytes], draft: int | None = None
+) -> Image.Image:
     """Read an encoded picture: fully decoded, EXIF orientation applied, converted to RGB.
 
     Transparency is dropped, as ``load_image`` does; pass a PIL image to have it handled by the
     processor.
+
+    Args:
+        source: a path, the bytes of a picture, or a binary file object, read from its start.
+        draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where both sides keep this many
+            pixels. Its levels then differ from those of the whole picture, scaled down.
 
     Raises:
         ImageDecodeError: no such file, or no picture Pillow can read to its end.
@@ -67,6 +74,8 @@ def open_image(source: str | os.PathLike[str] | Bytes | IO[bytes]) -> Image.Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
+                if draft is not None:
+                    image.draft(None, (draft, draft))
                 ImageOps.exif_transpose(image, in_place=True)
                 image.load()
                 return image if image.mode == "RGB" else image.convert("RGB")
