@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -449,6 +450,39 @@ def test_io_binding_gives_the_plain_sessions_numbers(
     kept = session.run(batch[:2])
     session.run(batch[2:4])
     assert np.abs(kept - tokens[:2]).max() <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def open_sizes(clip_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of another exporter, whose graph leaves every size open but the last."""
+    bundle = tmp_path_factory.mktemp("bundles") / "open-sizes"
+    shutil.copytree(clip_bundle, bundle)
+    (bundle / "vistower.json").unlink()
+    model = onnx.load(bundle / "onnx/model.onnx")
+    for value, names in (
+        (model.graph.input[0], ("batch", "num_channels", "height", "width")),
+        (model.graph.output[0], ("batch", "tokens")),
+    ):
+        for size, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
+            size.dim_param = name
+    onnx.save(model, bundle / "onnx/model.onnx")
+    return bundle
+
+
+def test_a_graph_that_leaves_its_sizes_open(
+    open_sizes: Path,
+    gpu: FakeGpu,
+    tokens: np.ndarray[Any, Any],
+) -> None:
+    for device in ("cpu", "cuda"):
+        for options in (None, SessionOptions(buckets=(2, 4))):
+            encoder = VisionEncoder.open(open_sizes, device=device, options=options)
+            encoder = pickle.loads(pickle.dumps(encoder))
+            assert np.abs(encoder.forward(pixels(7)) - tokens).max() <= 1e-4
+            assert encoder.encode(SAMPLES[0]).patches.shape == (1, 49, 64)
+            assert encoder.warmup((2,))
+    with pytest.raises(BundleCorruptError, match="every size but the batch fixed"):
+        Session(open_sizes / "onnx/model.onnx", "cpu")
 
 
 def test_buckets_bound_the_shapes(gpu: FakeGpu, clip_bundle: Path) -> None:

@@ -131,14 +131,18 @@ class VisionEncoder:
             taken = found.graph(graph)
         else:
             taken, options = _choose(found, on, precision, resolution, options)
-        path = taken.path
+        path, layout = taken.path, found.layout_at(taken.resolution)
         session: Session | Replicas
         if devices is not None:
             share = max(1, (threads or available_cpus()) // max(1, len(chosen)))
-            session = Replicas([Session(path, one, share, options=options) for one in chosen])
+            session = Replicas(
+                [Session(path, one, share, options=options, layout=layout) for one in chosen]
+            )
         else:
             one = chosen[0] if chosen else "auto"
-            session = Session(path, one, threads, providers=providers, options=options)
+            session = Session(
+                path, one, threads, providers=providers, options=options, layout=layout
+            )
         encoder = cls(found, taken, session, _guard(found, taken, session, options))
         encoder.processor = replace(encoder.processor, decode=decode)
         weights = "random-weight " if found.manifest and found.manifest.source.random_weight else ""

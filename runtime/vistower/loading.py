@@ -23,6 +23,7 @@ from vistower.providers import (
     session_config,
 )
 from vistower.tensorrt import tensorrt_providers
+from vistower.tokens import TokenLayout
 from vistower.workers import Worker
 
 INPUT = "pixel_values"
@@ -48,13 +49,18 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Loading:
-    """What is loaded, where and how; ``providers`` are the user's own, None for ours."""
+    """What is loaded, where and how.
+
+    ``providers`` are the user's own, None for ours. ``layout`` says what sizes there are where
+    the graph leaves them open, as the graphs of other exporters do.
+    """
 
     graph: Path
     device: Device
     options: SessionOptions
     threads: int
     providers: Providers | None
+    layout: TokenLayout | None
 
     def load(self, worker: Worker | None) -> Loaded:
         """Load the graph and check the session.
@@ -158,12 +164,22 @@ class Loading:
                 f"{list(named)}; a vision tower has the input {INPUT} and the output {OUTPUT}. For "
                 f"CLIP, export the vision model (CLIPVisionModel), not text and vision together."
             )
-        return self._port(inputs[0]), self._port(named[OUTPUT])
+        layout = self.layout
+        return (
+            self._port(inputs[0], (3, *layout.image_size) if layout else ()),
+            self._port(named[OUTPUT], (layout.num_tokens, layout.hidden_size) if layout else ()),
+        )
 
-    def _port(self, node: Any) -> Port:
-        dtype, shape = DTYPES.get(node.type), tuple(node.shape[1:])
-        if dtype is None:
+    def _port(self, node: Any, sizes: tuple[int, ...]) -> Port:
+        """An input or output; ``sizes`` are taken where the graph leaves its own open."""
+        dtype, given = DTYPES.get(node.type), tuple(node.shape[1:])
+        if len(sizes) == len(given):
+            pairs = zip(given, sizes, strict=True)
+            given = tuple(size if isinstance(size, int) else known for size, known in pairs)
+        if dtype is None or not all(isinstance(size, int) for size in given):
             raise BundleCorruptError(
-                f"{self.graph}: {node.name} is a {node.type}; known are {', '.join(DTYPES)}."
+                f"{self.graph}: {node.name} is a {node.type} of {node.shape}. Known are "
+                f"{', '.join(DTYPES)}, with every size but the batch fixed in the graph or its "
+                f"bundle."
             )
-        return Port(node.name, dtype, shape)
+        return Port(node.name, dtype, given)

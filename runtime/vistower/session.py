@@ -28,6 +28,7 @@ from vistower.ort import onnxruntime
 from vistower.output import DeviceArray
 from vistower.providers import Providers, SessionOptions
 from vistower.threads import available_cpus
+from vistower.tokens import TokenLayout
 from vistower.workers import CallingThread, Worker, gpu_worker
 
 logger = logging.getLogger("vistower")
@@ -55,6 +56,7 @@ class Session:
         *,
         providers: Sequence[ProviderLike] | None = None,
         options: SessionOptions | None = None,
+        layout: TokenLayout | None = None,
     ) -> None:
         """Load a graph.
 
@@ -66,6 +68,7 @@ class Session:
             providers: execution providers as ONNX Runtime takes them, instead of ``device``; the
                 first must be active, and their options win over ours.
             options: how to use the device.
+            layout: the tower's, for a graph that leaves its sizes open.
 
         Raises:
             DeviceError: the device cannot be had, or both device and providers are given.
@@ -93,7 +96,8 @@ class Session:
             self._worker = gpu_worker(self.device.index)
         elif self.options.buckets:
             self._worker = CallingThread()
-        loading = Loading(graph, self.device, self.options, self.threads, asked)
+        self.layout = layout
+        loading = Loading(graph, self.device, self.options, self.threads, asked, layout)
         loaded = loading.load(self._worker)
         self._session, self.placement = loaded.session, loaded.placement
         self._source, self._target = loaded.source, loaded.target
@@ -102,7 +106,7 @@ class Session:
 
     def __reduce__(self) -> tuple[Any, ...]:
         device = "auto" if self._asked is not None else str(self.device)
-        return _load, (self.graph, device, self.threads, self._asked, self.options)
+        return _load, (self.graph, device, self.threads, self._asked, self.options, self.layout)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -299,5 +303,6 @@ def _load(
     threads: int,
     providers: Sequence[ProviderLike] | None,
     options: SessionOptions,
+    layout: TokenLayout | None,
 ) -> Session:
-    return Session(graph, device, threads, providers=providers, options=options)
+    return Session(graph, device, threads, providers=providers, options=options, layout=layout)
