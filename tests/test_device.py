@@ -167,6 +167,25 @@ def test_the_cause_is_named(
         VisionEncoder.open(clip_bundle, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
+CUDA_CALL = (
+    "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 std::conditional_t<THRW, "
+    "void, onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, int) [with "
+    "ERRTYPE = cudaError; bool THRW = true] CUDA failure 100: no CUDA-capable device is detected ; "
+    "GPU=-1 ; hostname=vm ; file=cuda_execution_provider.cc ; line=282 ; expr=cudaSetDevice(0); \n"
+)
+"""As onnxruntime-gpu 1.31.1 says it."""
+
+
+def test_errors_are_shown_without_their_signatures(gpu: FakeGpu, clip_bundle: Path) -> None:
+    gpu.fails_to_open = CUDA_CALL
+    with pytest.raises(DriverError) as caught:
+        VisionEncoder.open(clip_bundle, device="cuda")
+    assert "onnx: CUDA failure 100: no CUDA-capable device is detected: start the" in str(
+        caught.value
+    )
+    assert "THRW" not in str(caught.value)
+
+
 def test_every_problem_is_reported(gpu: FakeGpu) -> None:
     gpu.missing, gpu.needed = {"libcublas.so.13", "libcuda.so.1"}, ("libcublas.so.13",)
     assert [problem.error for problem in problems(Device("cuda"))] == [

@@ -138,6 +138,43 @@ def doctor_of(environment: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
+STUB_DRIVER = """
+int cuInit(unsigned flags) { return 100; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuTensorMapEncodeTiled(void) { return 100; }
+"""
+"""The NVIDIA driver's library as far as the CUDA provider and the CUDA runtime need it to start."""
+
+EVERY_OPTION = """
+import vistower.cuda_problems as cuda_problems
+from vistower import SessionOptions
+from vistower.device import Device
+from vistower.doctor import GRAPH
+from vistower.ort import onnxruntime
+from vistower.providers import cuda_options
+from vistower.session import Session
+
+# Every option but the device, which fails before the others are read.
+options = SessionOptions(
+    strict=True, tf32=True, memory_limit=2**31, buckets=(1, 8), cuda_graphs=True, stream=94
+)
+every = cuda_options(Device("cuda"), options)
+del every["device_id"]
+try:
+    cuda = ("CUDAExecutionProvider", every)
+    onnxruntime().InferenceSession(str(GRAPH), providers=[cuda], enable_fallback=0)
+except RuntimeError as error:
+    assert "provider option" not in str(error), error
+    assert "CUDA failure 100" in str(error), error
+# And what becomes of ONNX Runtime's error where nothing was known to be wrong.
+cuda_problems.problems = lambda device: ()
+try:
+    Session(GRAPH, "cuda", options=options)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
 def test_the_gpu_extra_on_a_machine_without_a_gpu(gpu_extra: Path) -> None:
@@ -157,6 +194,24 @@ def test_the_gpu_extra_on_a_machine_without_a_gpu(gpu_extra: Path) -> None:
     code, found = doctor_of(gpu_extra, "--device", "cuda")
     assert code == 1
     assert "there is no NVIDIA driver" in found["problem"]
+
+    # A driver that starts and finds no GPU, so that ONNX Runtime's own CUDA provider is asked.
+    if compiler := shutil.which("cc"):
+        source = gpu_extra.parent / "driver.c"
+        source.write_text(STUB_DRIVER)
+        library = gpu_extra.parent / "libcuda.so.1"
+        stub = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library]
+        subprocess.run([compiler, *stub, source], check=True)
+        done = subprocess.run(
+            [gpu_extra / "python", "-c", EVERY_OPTION],
+            capture_output=True,
+            text=True,
+            env={"LD_LIBRARY_PATH": str(gpu_extra.parent)},
+            check=True,
+        )
+        assert "CUDA failure 100: no CUDA-capable device" in done.stdout
+        assert "DriverError" in done.stdout
+        assert "start the container with GPUs" in done.stdout
 
     # A library gone, and then the CPU wheel on top.
     pip = [gpu_extra / "pip", "--quiet", "--disable-pip-version-check"]

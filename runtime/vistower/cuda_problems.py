@@ -39,17 +39,22 @@ ORT_SYMPTOMS: tuple[tuple[str, type[DeviceError], str], ...] = (
         "another device",
     ),
     (
-        r"Invalid device [Ii][Dd]|CUDA failure 101",
+        r"Invalid device [Ii][Dd]|CUDA failure 101\b",
         NoSuchDeviceError,
         "`vistower doctor` lists the GPUs",
     ),
     (
-        r"CUDA failure 35|driver version is insufficient",
+        r"CUDA failure 100\b",
+        DriverError,
+        "start the container with GPUs, and look at CUDA_VISIBLE_DEVICES",
+    ),
+    (
+        r"CUDA failure 35\b|driver version is insufficient",
         DriverError,
         "update the NVIDIA driver",
     ),
     (
-        r"no kernel image is available|CUDA failure 209",
+        r"no kernel image is available|CUDA failure 209\b",
         DriverError,
         "this wheel has no code for so old or so new a GPU: take another onnxruntime-gpu release",
     ),
@@ -60,6 +65,16 @@ ORT_SYMPTOMS: tuple[tuple[str, type[DeviceError], str], ...] = (
     ),
 )
 """Texts of ONNX Runtime's errors → what they mean, and the remedy."""
+
+
+ESSENCES = (
+    r"CUDA failure \d+: [^;\n]+",
+    r"Failed to allocate memory[^\n]*",
+    r"Available memory of[^\n]*",
+    r"Failed to parse provider option[^\n]*",
+    r"Unknown provider option[^\n]*",
+)
+"""The sentences of ONNX Runtime's errors that are worth showing, best first."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +209,15 @@ def symptom(text: str) -> Problem | None:
     """What an error text of ONNX Runtime says about the device; None if nothing known."""
     for pattern, error, remedy in ORT_SYMPTOMS:
         if re.search(pattern, text):
-            return Problem(error, first_line(text), remedy)
+            return Problem(error, essence(text), remedy)
     return None
 
 
-def first_line(text: str) -> str:
-    """The first line of an error text: ONNX Runtime appends a stack."""
+def essence(text: str) -> str:
+    """What an error text of ONNX Runtime is about: it puts C++ signatures around its sentence."""
+    for pattern in ESSENCES:
+        if match := re.search(pattern, text):
+            return match[0].strip()
     return next(iter(text.strip().splitlines()), "no message")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vistower.binding import Port
-from vistower.cuda_problems import first_line, problems, symptom
+from vistower.cuda_problems import essence, problems, symptom
 from vistower.device import Device
 from vistower.errors import BundleCorruptError, DeviceError, NodePlacementError
 from vistower.ort import CPU_PROVIDER, LOG_ERRORS_ONLY, onnxruntime
@@ -133,12 +133,12 @@ class Loading:
         if self.device.type == "cpu":
             return BundleCorruptError(
                 f"{self.graph} cannot be loaded by ONNX Runtime {onnxruntime().__version__}: "
-                f"{first_line(text)}. Check it with `vistower verify`, or export the bundle again."
+                f"{essence(text)}. Check it with `vistower verify`, or export the bundle again."
             )
         known = symptom(text)
         if known is None:
             return DeviceError(
-                f"No session on {self.device} for {self.graph}: {first_line(text)}. `vistower "
+                f"No session on {self.device} for {self.graph}: {essence(text)}. `vistower "
                 f"doctor` says whether the device works at all."
             )
         return known.error(f"No session on {self.device} for {self.graph}: {known}.")

@@ -16,7 +16,7 @@ from vistower.binding import BoundRunner, Warmed
 from vistower.cuda_problems import (
     DeviceChoice,
     choose_device,
-    first_line,
+    essence,
     out_of_memory,
     require_device,
 )
@@ -192,7 +192,7 @@ class Session:
             "smaller batch_size.",
             self.device,
             len(pixel_values),
-            first_line(str(error)),
+            essence(str(error)),
             middle,
         )
         try:
@@ -210,7 +210,7 @@ class Session:
             return error
         text = (
             f"ONNX Runtime failed on {self.device} for pixel_values of shape "
-            f"{pixel_values.shape}: {first_line(str(error))}"
+            f"{pixel_values.shape}: {essence(str(error))}"
         )
         if out_of_memory(error):
             return BatchMemoryError(f"{text}. Use a smaller batch_size, or raise memory_limit.")
