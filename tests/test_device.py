@@ -40,6 +40,8 @@ from vistower.replicas import Replicas
 from vistower.session import Session
 from vistower.tensorrt import EngineKey, tensorrt_options
 from vistower_export.pictures import SAMPLES
+from vistower_export.source import resolve_checkpoint
+from vistower_export.steps import export_bundle
 
 # What may be asked for
 
@@ -215,7 +217,7 @@ def test_auto_says_what_it_took_and_why(
         assert encoder.device == "cpu"
         assert "libcublasLt.so.13" in encoder.session.reason  # type: ignore[union-attr]
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.endswith("on cuda:0 (CUDAExecutionProvider); auto: a CUDA device can be used")
+    assert "on cuda:0 (CUDAExecutionProvider); auto: a CUDA device can be used; fp32:" in first
     assert "on cpu (CPUExecutionProvider); auto: no CUDA: the provider needs libcubl" in second
 
 
@@ -437,6 +439,47 @@ def test_precision_is_had_or_refused(wanted: str, device: str, capability: Any, 
             available=("fp32", "bf16"),
             compute_capability=capability,
         )
+
+
+@pytest.fixture(scope="module")
+def halves(clip_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an fp16 graph beside the fp32 ones."""
+    output = tmp_path_factory.mktemp("bundles") / "halves"
+    checkpoint = resolve_checkpoint(str(clip_checkpoint))
+    return export_bundle(checkpoint, output, precisions=["fp16"], uint8=True).directory
+
+
+def test_an_encoder_takes_half_precision_on_a_gpu_and_a_mixin_does_not(
+    gpu: FakeGpu,
+    halves: Path,
+    clip_bundle: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with caplog.at_level("INFO", logger="vistower"):
+        assert VisionEncoder.open(halves, device="cuda").graph.precision == "fp16"
+        assert caplog.messages[-1].endswith("; fp16: auto on a GPU is fp16 for clip_vision_model")
+        assert VisionEncoder.open(clip_bundle, device="cuda").graph.precision == "fp32"
+        assert "; fp32: auto would take fp16, but the bundle has no fp16" in caplog.messages[-1]
+    assert VisionEncoder.open(halves, device="cpu").graph.precision == "fp32"
+    assert VisionEncoder.open(halves, devices=["cuda", "cpu"]).graph.precision == "fp32"
+    assert gpu.opened[-1]["CUDAExecutionProvider"]["use_tf32"] == "0"
+    assert VisionEncoder.open(halves, device="cuda", precision="tf32").graph.precision == "fp32"
+    assert gpu.opened[-1]["CUDAExecutionProvider"]["use_tf32"] == "1"
+    mixin = CLIPMixin(model_path=str(halves), device="cuda")
+    assert mixin.model.graph.precision == "fp32"
+    assert gpu.opened[-1]["CUDAExecutionProvider"]["use_tf32"] == "0"
+    monkeypatch.setenv("VISTOWER_PRECISION", "fp16")
+    assert CLIPMixin(model_path=str(halves), device="cuda").model.graph.precision == "fp16"
+
+
+def test_uint8_pixels_are_what_is_uploaded(gpu: FakeGpu, halves: Path) -> None:
+    options = SessionOptions(buckets=(2,))
+    encoder = VisionEncoder.open(halves, device="cuda", graph="ort_uint8", options=options)
+    assert encoder.session.input_dtype == np.uint8
+    assert encoder.preprocess(SAMPLES).dtype == np.uint8
+    want = VisionEncoder.open(halves, device="cpu").encode(SAMPLES)
+    assert np.abs(encoder.encode(SAMPLES).cls - want.cls).max() <= 1e-3
 
 
 # Running

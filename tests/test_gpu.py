@@ -22,12 +22,15 @@ import pytest
 import torch
 
 from vistower import SessionOptions, VisionEncoder
+from vistower.bundle import Bundle, BundleGraph
 from vistower.cuda_machine import Driver, compute_capability, driver
 from vistower.cuda_problems import problems
 from vistower.device import Device
 from vistower.doctor import diagnose
 from vistower.errors import BatchMemoryError, DeviceMemoryError, NoSuchDeviceError
+from vistower.precision import REDUCED
 from vistower.session import Session
+from vistower.tolerance import GraphPrecision
 from vistower_export.checkpoint import write_random_checkpoint
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
@@ -54,7 +57,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("gpu")
     checkpoint = folder / request.param
     write_random_checkpoint(request.param, checkpoint)
-    return export_bundle(resolve_checkpoint(str(checkpoint)), folder / "bundle").directory
+    precisions: list[GraphPrecision] = ["bf16"] if "dinov3" in request.param else ["fp16", "bf16"]
+    return export_bundle(
+        resolve_checkpoint(str(checkpoint)),
+        folder / "bundle",
+        precisions=precisions,
+        uint8="clip" in request.param,
+    ).directory
 
 
 def pixels(count: int, seed: int = 0) -> Array:
@@ -68,20 +77,22 @@ def expected(bundle: Path) -> Array:
     return VisionEncoder.open(bundle, device="cpu").forward(pixels(9))
 
 
+def on_cuda(bundle: Path, options: SessionOptions | None = None) -> VisionEncoder:
+    """The fp32 graph on the first GPU."""
+    return VisionEncoder.open(bundle, device="cuda", precision="fp32", options=options)
+
+
 def off(have: Array, want: Array) -> float:
     """Largest difference over the token's norm."""
     return float((np.abs(have - want).max(-1) / np.linalg.norm(want, axis=-1)).max())
 
 
-def half_graphs(bundle: Path) -> list[tuple[str, str]]:
-    """(graph, precision) of the bundle's half-precision graphs that take `pixel_values`."""
-    manifest = VisionEncoder.open(bundle, device="cpu").bundle.manifest
-    assert manifest is not None
-    return [
-        (kind, record.precision)
-        for kind, record in manifest.graphs.items()
-        if record.precision in ("fp16", "bf16")
-    ]
+def half_graphs(bundle: Path) -> list[BundleGraph]:
+    """The bundle's half-precision graphs with ONNX Runtime's own operators."""
+    found = Bundle.load(bundle)
+    assert found.manifest is not None
+    graphs = [found.graph(name) for name in found.manifest.graphs]
+    return [one for one in graphs if one.precision in REDUCED and not one.portable]
 
 
 def test_the_doctor_finds_every_gpu_working() -> None:
@@ -96,7 +107,7 @@ def test_the_doctor_finds_every_gpu_working() -> None:
 
 
 def test_fp32_is_the_cpus_numbers_and_no_node_is_on_the_cpu(bundle: Path, expected: Array) -> None:
-    encoder = VisionEncoder.open(bundle, device="cuda", options=SessionOptions(strict=True))
+    encoder = on_cuda(bundle, SessionOptions(strict=True))
     assert encoder.device == "cuda:0"
     assert off(encoder.forward(pixels(9)), expected) <= FP32
     have = encoder.encode(SAMPLES)
@@ -105,7 +116,7 @@ def test_fp32_is_the_cpus_numbers_and_no_node_is_on_the_cpu(bundle: Path, expect
 
 
 def test_any_batch_size_and_any_thread(bundle: Path, expected: Array) -> None:
-    encoder = VisionEncoder.open(bundle, device="cuda")
+    encoder = on_cuda(bundle)
     for count in (1, 9, 3, 2):
         assert off(encoder.forward(pixels(9)[:count]), expected[:count]) <= FP32
     with ThreadPoolExecutor(8) as pool:
@@ -116,7 +127,7 @@ def test_any_batch_size_and_any_thread(bundle: Path, expected: Array) -> None:
 
 def test_cuda_graphs(bundle: Path, expected: Array) -> None:
     options = SessionOptions(strict=True, buckets=(1, 4, 8), cuda_graphs=True)
-    encoder = VisionEncoder.open(bundle, device="cuda", options=options)
+    encoder = on_cuda(bundle, options)
     report = encoder.warmup()
     assert [one.batch_size for one in report] == [1, 4, 8]
     assert all(one.graph for one in report)
@@ -130,7 +141,7 @@ def test_cuda_graphs(bundle: Path, expected: Array) -> None:
 
 def test_tokens_stay_on_the_device(bundle: Path, expected: Array) -> None:
     for options in (None, SessionOptions(buckets=(4,), cuda_graphs=True)):
-        encoder = VisionEncoder.open(bundle, device="cuda", options=options)
+        encoder = on_cuda(bundle, options)
         if options is not None:
             encoder.warmup()
         array = encoder.forward_on_device(pixels(9))
@@ -145,7 +156,7 @@ def test_tokens_stay_on_the_device(bundle: Path, expected: Array) -> None:
 def test_the_users_stream(bundle: Path, expected: Array) -> None:
     stream = torch.cuda.Stream()
     options = SessionOptions(stream=stream.cuda_stream)
-    encoder = VisionEncoder.open(bundle, device="cuda", options=options)
+    encoder = on_cuda(bundle, options)
     tensor = torch.from_dlpack(encoder.forward_on_device(pixels(9)))
     with torch.cuda.stream(stream):
         doubled = tensor * 2
@@ -155,7 +166,7 @@ def test_the_users_stream(bundle: Path, expected: Array) -> None:
 
 def test_a_captured_graph_pickles_to_a_session_of_its_own(bundle: Path, expected: Array) -> None:
     options = SessionOptions(buckets=(4,), cuda_graphs=True)
-    encoder = VisionEncoder.open(bundle, device="cuda", options=options)
+    encoder = on_cuda(bundle, options)
     encoder.warmup()
     again = pickle.loads(pickle.dumps(encoder))
     assert off(again.forward(pixels(9)), expected) <= FP32
@@ -167,7 +178,7 @@ def used_memory() -> int:
 
 
 def test_buckets_bound_the_memory(bundle: Path) -> None:
-    encoder = VisionEncoder.open(bundle, device="cuda", options=SessionOptions(buckets=(8, 32)))
+    encoder = on_cuda(bundle, SessionOptions(buckets=(8, 32)))
     encoder.warmup()
     before = used_memory()
     for count in (*range(1, 33), 70, 5, 64, 31):
@@ -178,13 +189,13 @@ def test_buckets_bound_the_memory(bundle: Path) -> None:
 def test_out_of_memory_is_halved_and_then_an_error(
     bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    want = VisionEncoder.open(bundle, device="cuda").forward(pixels(64))
+    want = on_cuda(bundle).forward(pixels(64))
     failed = 0
     # The smallest limit a batch of 64 passes with, in steps: the halves pass before it.
     for megabytes in range(16, 4096, 16):
         options = SessionOptions(memory_limit=megabytes * 1024**2)
         try:
-            encoder = VisionEncoder.open(bundle, device="cuda", options=options)
+            encoder = on_cuda(bundle, options)
             have = encoder.forward(pixels(64))
         except (DeviceMemoryError, BatchMemoryError):
             failed += 1
@@ -200,29 +211,34 @@ def test_tf32_is_off_unless_asked_for(bundle: Path, expected: Array) -> None:
     capability = compute_capability(Device("cuda"))
     if capability is None or capability < (8, 0):
         pytest.skip(f"TF32 needs compute capability 8.0; this GPU has {capability}")
-    encoder = VisionEncoder.open(bundle, device="cuda", options=SessionOptions(tf32=True))
+    encoder = VisionEncoder.open(bundle, device="cuda", precision="tf32")
     difference = off(encoder.forward(pixels(9)), expected)
-    exact = off(VisionEncoder.open(bundle, device="cuda").forward(pixels(9)), expected)
+    exact = off(on_cuda(bundle).forward(pixels(9)), expected)
     assert 5 * exact < difference <= HALF
 
 
 def test_half_precision(bundle: Path, expected: Array) -> None:
     graphs = half_graphs(bundle)
-    if not graphs:
-        pytest.skip("this bundle has no half-precision graph")
-    for kind, precision in graphs:
+    assert graphs
+    for graph in graphs:
         strict = SessionOptions(strict=True)
-        encoder = VisionEncoder.open(bundle, device="cuda", graph=kind, options=strict)
-        if encoder.session.input_dtype != np.float32:
-            continue
-        assert off(encoder.forward(pixels(9)), expected) <= HALF, precision
+        encoder = VisionEncoder.open(bundle, device="cuda", graph=graph.name, options=strict)
+        if graph.pixels == "uint8":
+            want = VisionEncoder.open(bundle, device="cpu").encode(SAMPLES).cls
+            have = encoder.encode(SAMPLES).cls
+        else:
+            want, have = expected, encoder.forward(pixels(9))
+        assert off(have, want) <= HALF, graph.name
+    assert VisionEncoder.open(bundle, device="cuda").graph.precision in REDUCED
 
 
 KERNELS = """
 import sys
 import numpy as np
 from pathlib import Path
+from vistower.precision import REDUCED
 from vistower.session import Session
+from vistower.tolerance import GraphPrecision
 session = Session(Path(sys.argv[1]), "cuda")
 shape = (int(sys.argv[2]), 3, 224, 224)
 session.run(np.zeros(shape, session.input_dtype))
@@ -243,17 +259,15 @@ def attention_kernels(graph: Path, batch_size: int) -> set[str]:
 
 
 def test_the_attention_kernel(bundle: Path) -> None:
-    encoder = VisionEncoder.open(bundle, device="cpu", graph="ort")
-    fp32 = attention_kernels(encoder.session.graph, 8)  # type: ignore[union-attr]
+    fp32 = attention_kernels(Bundle.load(bundle).graph("ort").path, 8)
     assert fp32, "ONNX Runtime named no attention kernel"
     # fp32 has no flash kernel; which of these it is depends on the sequence length.
     assert fp32 <= {"EFFICIENT_ATTENTION", "MATH", "TRT_FUSED_ATTENTION"}
-    for kind, precision in half_graphs(bundle):
-        graph = encoder.bundle.graph(kind).path
+    for graph in half_graphs(bundle):
         for batch_size in (1, 32):
-            found = attention_kernels(graph, batch_size)
-            assert found, precision
-            assert found <= FAST_ATTENTION, (precision, batch_size, found)
+            found = attention_kernels(graph.path, batch_size)
+            assert found, graph.name
+            assert found <= FAST_ATTENTION, (graph.name, batch_size, found)
 
 
 def test_a_gpu_that_is_not_there(bundle: Path) -> None:
@@ -266,7 +280,9 @@ def test_several_gpus(bundle: Path, expected: Array) -> None:
     assert isinstance(found, Driver)
     # One GPU twice is the same code with one worker.
     names = [f"cuda:{gpu.index}" for gpu in found.gpus]
-    encoder = VisionEncoder.open(bundle, devices=names if len(names) > 1 else names * 2)
+    encoder = VisionEncoder.open(
+        bundle, precision="fp32", devices=names if len(names) > 1 else names * 2
+    )
     assert off(encoder.forward(pixels(9)), expected) <= FP32
 
 
@@ -280,7 +296,8 @@ def test_tensorrt(
         "from pathlib import Path\n"
         "from vistower import SessionOptions, VisionEncoder\n"
         "options = SessionOptions(engine_cache=Path(sys.argv[2]), buckets=(1, 16))\n"
-        "encoder = VisionEncoder.open(sys.argv[1], device='tensorrt', options=options)\n"
+        "encoder = VisionEncoder.open(\n"
+        "    sys.argv[1], device='tensorrt', precision='fp32', options=options)\n"
         "batch = np.load(sys.argv[3])\n"
         "np.save(sys.argv[4], encoder.forward(batch))\n"
     )
@@ -304,7 +321,7 @@ def test_a_session_leaves_torchs_current_device_alone(bundle: Path) -> None:
     torch.cuda.set_device(1)
     calls: list[Callable[[], Any]] = [
         lambda: Session(VisionEncoder.open(bundle, device="cpu").session.graph, "cuda:0"),  # type: ignore[union-attr]
-        lambda: VisionEncoder.open(bundle, device="cuda:0").forward(pixels(2)),
+        lambda: VisionEncoder.open(bundle, precision="fp32", device="cuda:0").forward(pixels(2)),
     ]
     for call in calls:
         call()

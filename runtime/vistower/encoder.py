@@ -126,11 +126,14 @@ class VisionEncoder:
         chosen: list[DeviceChoice] = []
         if providers is None:
             chosen = [choose_device(one) for one in ([device] if devices is None else devices)]
-        on = chosen[0].device if chosen else parse_providers(providers or ())[0]
+        on = [one.device for one in chosen] or [parse_providers(providers or ())[0]]
+        why = f"; auto: {chosen[0].reason}" if chosen and device == "auto" and not devices else ""
         if graph is not None:
             taken = found.graph(graph)
         else:
-            taken, options = _choose(found, on, precision, resolution, options)
+            taken, options, reason = _choose(found, on, precision, resolution, options)
+            if on[0].on_gpu and precision == "auto":
+                why += f"; {taken.precision}: {reason}"
         path, layout = taken.path, found.layout_at(taken.resolution)
         session: Session | Replicas
         if devices is not None:
@@ -146,7 +149,6 @@ class VisionEncoder:
         encoder = cls(found, taken, session, _guard(found, taken, session, options))
         encoder.processor = replace(encoder.processor, decode=decode)
         weights = "random-weight " if found.manifest and found.manifest.source.random_weight else ""
-        why = f"; auto: {chosen[0].reason}" if chosen and device == "auto" and not devices else ""
         logger.info(
             "%s%s, graph %s, on %s (%s)%s",
             weights,
@@ -356,25 +358,30 @@ class VisionEncoder:
 
 def _choose(
     bundle: Bundle,
-    on: Device,
+    on: Sequence[Device],
     precision: str,
     resolution: tuple[int, int] | None,
     options: SessionOptions | None,
-) -> tuple[BundleGraph, SessionOptions | None]:
-    """The graph for a device, and the options it runs with."""
+) -> tuple[BundleGraph, SessionOptions | None, str]:
+    """The one graph for all devices, the options it runs with, and why this precision."""
     # TensorRT reads standard operators only.
-    portable = on.type == "tensorrt"
+    portable = any(device.type == "tensorrt" for device in on)
     candidates = bundle.graphs_at(resolution, portable=portable)
-    choice = choose_precision(
-        precision,
-        on,
-        model_type=bundle.model_type,
-        available=tuple(candidates),
-        compute_capability=compute_capability(on) if on.on_gpu else None,
-    )
+    choices = [
+        choose_precision(
+            precision,
+            device,
+            model_type=bundle.model_type,
+            available=tuple(candidates),
+            compute_capability=compute_capability(device),
+        )
+        for device in on
+    ]
+    # Devices that auto would treat differently have fp32 in common.
+    choice = next((one for one in choices if one.precision == "fp32"), choices[0])
     if choice.tf32:
         options = replace(options or SessionOptions(), tf32=True)
-    return candidates[choice.graph], options
+    return candidates[choice.graph], options, choice.reason
 
 
 def _guard(

@@ -1,8 +1,9 @@
 """`CLIPMixin` and `DINOv3Mixin`: drop-in replacements of the torch mixins of the same names.
 
 Each brings a patch-level method, a CLS method, its input size and its patch size; nothing else.
-Results are torch tensors or NumPy arrays, see `vistower.output`. Both features of one picture cost
-one forward pass, see `vistower.cache`.
+Results are torch tensors or NumPy arrays, see `vistower.output`. They compute in fp32 without TF32,
+as the torch mixins do, unless the environment variable ``VISTOWER_PRECISION`` names another of
+`vistower.precision`. Both features of one picture cost one forward pass, see `vistower.cache`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from vistower.errors import MaskError, MissingModelPathError
 from vistower.images import ImageInput
 from vistower.output import to_output
 from vistower.preprocess import Preprocessor
+
+PRECISION_SETTING = "VISTOWER_PRECISION"
+"""Environment variable with the precision of the mixins, for consumers that stay unchanged."""
 
 CLIP_DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
@@ -39,7 +43,11 @@ class _Features:
         torch mixins only guess from the name.
         """
         device = kwargs.get("device")
-        self.model = VisionEncoder.open(model_path, device="auto" if device is None else device)
+        self.model = VisionEncoder.open(
+            model_path,
+            device="auto" if device is None else device,
+            precision=os.environ.get(PRECISION_SETTING, "fp32"),
+        )
         self.device = self.model.device
         self.processor = self.model.processor
         self._feature_cache = FeatureCache()
