@@ -34,6 +34,7 @@ from vistower.errors import (
     PrecisionError,
     ProviderMissingError,
 )
+from vistower.ort import installed_wheels
 from vistower.precision import choose_precision
 from vistower.providers import cuda_options
 from vistower.replicas import Replicas
@@ -186,6 +187,26 @@ def test_errors_are_shown_without_their_signatures(gpu: FakeGpu, clip_bundle: Pa
         caught.value
     )
     assert "THRW" not in str(caught.value)
+
+
+@pytest.mark.parametrize("same_place", [True, False])
+def test_two_wheels_collide_only_in_one_place(
+    same_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / "front", tmp_path / ("front" if same_place else "behind")]
+    for name, place in zip(("onnxruntime-gpu", "onnxruntime"), places, strict=True):
+        (place / "onnxruntime").mkdir(parents=True, exist_ok=True)
+        (place / "onnxruntime/__init__.py").touch()
+        metadata = place / f"{name.replace('-', '_')}-1.31.1.dist-info/METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.31.1\n")
+    for place in reversed(places):
+        monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    expected = ["onnxruntime", "onnxruntime-gpu"] if same_place else ["onnxruntime-gpu"]
+    assert list(installed_wheels()) == expected
+    monkeypatch.setattr(sys, "path", [])
+    assert installed_wheels() == {}
 
 
 def test_every_problem_is_reported(gpu: FakeGpu) -> None:

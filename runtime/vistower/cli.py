@@ -342,7 +342,7 @@ def doctor(
         for name, version in diagnosis.libraries.items():
             out.print(f"{name:14} {version or 'not installed'}")
         wheels = ", ".join(f"{k} {v}" for k, v in diagnosis.onnxruntime_wheels.items())
-        out.print(f"{'onnxruntime':14} {wheels or 'not installed'}")
+        out.print(f"{'onnxruntime':14} {wheels or 'from no wheel'}")
         out.print(f"{'providers':14} {', '.join(diagnosis.providers) or 'none'}")
         out.print(f"{'python':14} {diagnosis.python} on {diagnosis.platform}")
         flags = " ".join(diagnosis.cpu_flags) or "none of interest"
