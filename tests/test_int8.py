@@ -9,10 +9,13 @@ import onnx
 import pytest
 from PIL import Image
 
+import vistower.cpu
 from vistower import VisionEncoder
 from vistower.bundle import Bundle
+from vistower.device import Device
 from vistower.errors import BundleNotFoundError, PrecisionError
 from vistower.golden import replay
+from vistower.providers import SessionOptions, session_config
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
@@ -101,3 +104,49 @@ def test_calibration_pictures_can_be_given(clip_checkpoint: Path, tmp_path: Path
     assert bundle.manifest is not None
     calibration = str(bundle.manifest.graphs["int8"].calibration)
     assert calibration.startswith("2 pictures given at export, quarters")
+
+
+CPUS = {
+    "AVX2 only": ("fpu avx avx2 fma", True),
+    "AVX-512 VNNI": ("fpu avx2 avx512f avx512_vnni", False),
+    "AVX-VNNI": ("fpu avx2 avx_vnni", False),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_products_are_widened_where_they_would_saturate(
+    cpu: str, bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, saturates = CPUS[cpu]
+    directory = bundles["tiny-clip"].directory
+    usual = VisionEncoder.open(directory, device="cpu", precision="int8").encode(SAMPLES[0])
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("vistower.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    vistower.cpu.cpu_flags.cache_clear()
+    try:
+        assert vistower.cpu.int8_saturates() is saturates
+        config = session_config(Device("cpu"), SessionOptions(), read_placement=False)
+        assert (config.get("session.x64quantprecision") == "1") is saturates
+        widened = VisionEncoder.open(directory, device="cpu", precision="int8").encode(SAMPLES[0])
+    finally:
+        monkeypatch.undo()
+        vistower.cpu.cpu_flags.cache_clear()
+    # The very same integers, whichever kernel adds them up.
+    assert np.abs(widened.patches - usual.patches).max() <= 1e-5
+
+
+def test_what_saturation_would_do(bundles: dict[str, Bundle]) -> None:
+    """AVX2's vpmaddubsw in NumPy, on a graph's own weights: why products are widened."""
+    graph = onnx.load(bundles["tiny-clip"].directory / "onnx/model_int8.onnx").graph
+    weight = next(
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in graph.initializer
+        if tensor.name == "layers.0.up.weight"
+    ).astype(np.int32)
+    activation = np.random.default_rng(0).integers(128, 256, (8, len(weight)))
+    pairs = (activation[:, :, None] * weight).reshape(8, -1, 2, weight.shape[1]).sum(axis=2)
+    exact = pairs.sum(axis=1)
+    saturated = np.clip(pairs, -(2**15), 2**15 - 1).sum(axis=1)
+    assert np.array_equal(exact, activation @ weight)
+    assert np.abs(saturated - exact).max() > 1000

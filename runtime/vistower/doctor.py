@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import cache_directory, find_bundle
+from vistower.cpu import cpu_flags
 from vistower.cuda_machine import (
     LOADED_LATER,
     Driver,
@@ -38,9 +39,6 @@ from vistower.threads import available_cpus
 
 RUNTIME_LIBRARIES = ("vistower", "numpy", "pillow")
 EXPORT_LIBRARIES = ("torch", "torchvision", "transformers", "onnx", "onnx-ir")
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
-"""Instruction sets that decide the speed of ONNX Runtime on x86."""
-
 GRAPH = Path(__file__).with_name("doctor.onnx")
 """The tiny graph: ``pixel_values`` (B, 3, 4, 8) → rows (B, 3, 32) → product, multi-head attention
 with 2 heads, product → ``last_hidden_state``. ``tests/doctor_graph.py`` writes it."""
@@ -129,7 +127,7 @@ def diagnose(required: str | None = None, bundle: str | None = None) -> Diagnosi
         ),
         gpus=found.gpus if isinstance(found, Driver) else (),
         cpus=available_cpus(),
-        cpu_flags=_cpu_flags(),
+        cpu_flags=cpu_flags(),
         cache_directory=str(cache_directory()),
         device=device,
         device_reason=reason,
@@ -220,13 +218,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> tuple[str, ...]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    present = set(line.partition(":")[2].split())
-    return tuple(flag for flag in CPU_FLAGS if flag in present)
