@@ -273,14 +273,30 @@ def _write(output: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
 
 
 @app.command()
-def verify(bundle: Bundled, device: Device = "cpu") -> None:
+def verify(
+    bundle: Bundled,
+    device: Device = "cpu",
+    against: Annotated[
+        Path | None, typer.Option(help="The checkpoint directory to compare with, by torch.")
+    ] = None,
+    images: Annotated[
+        list[str] | None, typer.Option(help="With --against: picture files, folders, globs.")
+    ] = None,
+) -> None:
     """Check a bundle's files and replay the golden vectors it was exported with.
 
-    Ends with exit code 1 at the first difference, which it names.
+    With --against and --images: compare every graph with torch on your pictures instead, and give
+    a verdict on each precision. Ends with exit code 1 at the first golden difference, which it
+    names, or if a graph fails.
 
-    Example: vistower verify artifacts/clip-b32
+    Example: vistower verify artifacts/clip-b32 --against checkpoints/clip-b32 --images photos/
     """
     found = find_bundle(bundle)
+    if (against is None) != (images is None):
+        raise typer.BadParameter("--against and --images go together")
+    if against is not None and images is not None:
+        _judge(found, against, collect(images), device)
+        return
     count = 0
     for comparison in replay(found, device=device):
         count += 1
@@ -288,6 +304,37 @@ def verify(bundle: Bundled, device: Device = "cpu") -> None:
             f"ok  {comparison.what}: {comparison.difference:.1e} (allowed {comparison.allowed:.0e})"
         )
     out.print(f"{found.name}: {count} comparisons hold")
+
+
+def _judge(bundle: Bundle, checkpoint: Path, pictures: Sequence[Path], device: str) -> None:
+    _need_exporter()
+    from vistower_export.verdict import judge
+
+    bundle.check()
+    failed = []
+    for verdict in judge(bundle, checkpoint, pictures, device=device):
+        name, parity, limit = verdict.graph.name, verdict.parity, verdict.tolerance
+        if parity is None:
+            out.print(f"----  {name}: {verdict.device} does not run {verdict.graph.precision}")
+            continue
+        tokens = "; ".join(
+            f"{what} cosine {found.cosine:.6f} at least, {found.cosine_mean:.6f} in the mean"
+            for what, found in (("CLS", parity.cls), ("patches", parity.patches))
+        )
+        out.print(
+            f"{'pass' if verdict.passed else 'FAIL'}  {name}: {tokens}; off by {parity.max_abs:.1e} "
+            f"at most, {parity.max_rel:.1e} of the norm (required: cosine {limit.cosine}, "
+            f"{limit.max_rel:.0e})"
+        )
+        if not verdict.passed:
+            failed.append(name)
+    manifest = bundle.manifest
+    if manifest is not None and manifest.source.random_weight:
+        out.print("random-weight checkpoint: this says little about trained weights")
+    passed = "every graph run agrees" if not failed else f"disagree: {', '.join(failed)}"
+    out.print(f"{bundle.name} on {len(pictures)} pictures, against torch in float32: {passed}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,96 @@
+"""A bundle against its checkpoint, on the pictures of whoever will use it.
+
+The certificates in a bundle come from a handful of sample pictures. Whether int8 or half precision
+is good enough depends on the weights and on the pictures, so this compares every graph with torch
+again, from picture file to tokens, on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vistower.bundle import Bundle, BundleGraph
+from vistower.cuda_problems import choose_device
+from vistower.device import Device, DeviceLike
+from vistower.encoder import VisionEncoder
+from vistower.errors import BundleUnsupportedError, EmptyInputError
+from vistower.manifest import Parity
+from vistower.precision import RULES
+from vistower.tolerance import TOLERANCES, Tolerance
+from vistower_export import reference as hf
+from vistower_export.parity import compare, passes
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One graph compared with torch; ``parity`` is None where the device does not run it."""
+
+    graph: BundleGraph
+    device: str
+    tolerance: Tolerance
+    parity: Parity | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is as near to torch as its precision must be."""
+        return self.parity is not None and passes(self.parity, self.tolerance)
+
+
+def judge(
+    bundle: Bundle, checkpoint: Path, pictures: Sequence[Path], *, device: DeviceLike = "cpu"
+) -> Iterator[Verdict]:
+    """Compare every graph of a bundle with torch and its processor, on picture files.
+
+    Args:
+        bundle: one that vistower exported.
+        checkpoint: the directory it was exported from.
+        pictures: files; torch's tokens of all of them are held in memory.
+        device: where the graphs run; torch runs on the CPU in float32.
+
+    Raises:
+        BundleUnsupportedError: the bundle was not written by vistower.
+        EmptyInputError: no picture.
+        CheckpointError, UnsupportedArchitectureError: the checkpoint cannot be loaded.
+        ImageError: a picture cannot be used.
+    """
+    manifest = bundle.manifest
+    if manifest is None:
+        raise BundleUnsupportedError(
+            f"{bundle.directory} was not written by `vistower export`: there is no record of the "
+            f"processor it must agree with."
+        )
+    if not pictures:
+        raise EmptyInputError("There is no picture to compare on: give some with --images.")
+    family, model = hf.load_model(checkpoint)
+    processor = hf.load_processor(checkpoint, family, manifest.preprocessing.backend)
+    on = choose_device(device).device
+    graphs = [bundle.graph(name) for name in manifest.graphs]
+    for size in bundle.resolutions:
+        # A processor that crops has one size, its own.
+        asked = size if bundle.preprocessor.crop is None else None
+        reference = {
+            str(path): hf.compute(model, processor, [path], asked).last_hidden_state[path.name]
+            for path in pictures
+        }
+        for graph in graphs:
+            if graph.resolution == size:
+                yield _verdict(bundle, graph, reference, on)
+
+
+def _verdict(
+    bundle: Bundle, graph: BundleGraph, reference: dict[str, Array], on: Device
+) -> Verdict:
+    tolerance = TOLERANCES[graph.precision]
+    if on.type not in RULES[graph.precision].devices:
+        return Verdict(graph, str(on), tolerance, None)
+    encoder = VisionEncoder.open(bundle.directory, device=str(on), graph=graph.name)
+    tokens = {name: encoder.forward(encoder.preprocess(name)) for name in reference}
+    parity = compare(reference, tokens, encoder.layout, encoder.session.provider)
+    return Verdict(graph, str(on), tolerance, parity)

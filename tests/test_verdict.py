@@ -1,0 +1,99 @@
+"""``vistower verify --against``: a verdict on each graph, on the user's pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import tiny_checkpoint
+from vistower.bundle import Bundle
+from vistower.cli import main
+from vistower.errors import EmptyInputError
+from vistower_export.pictures import SAMPLES
+from vistower_export.source import resolve_checkpoint
+from vistower_export.steps import export_bundle
+from vistower_export.towers import DINOV3
+from vistower_export.verdict import judge
+
+
+@pytest.fixture(scope="module")
+def bundle(dinov3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_bundle(
+        resolve_checkpoint(str(dinov3_checkpoint)),
+        tmp_path_factory.mktemp("verdict") / "dinov3",
+        precisions=["int8", "bf16"],
+        resolutions=[(224, 224), (96, 160)],
+    )
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_every_graph_gets_a_verdict(
+    bundle: Bundle,
+    dinov3_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, path in zip("ab", SAMPLES, strict=False):
+        # One name in two folders, as users have it.
+        (tmp_path / name).mkdir()
+        Image.open(path).convert("RGB").rotate(10).save(tmp_path / name / "1.png")
+    code, text, _ = run(
+        capsys, "verify", bundle.directory, "--against", dinov3_checkpoint, "--images", tmp_path
+    )
+    verdicts = {line[6:].partition(":")[0]: line[:4] for line in text.splitlines()[:8]}
+    assert verdicts == {
+        name + at: "----" if name == "bf16" else "pass"
+        for name in ("portable", "ort", "int8", "bf16")
+        for at in ("", "@96x160")
+    }
+    assert "bf16: cpu does not run bf16" in text
+    assert "random-weight checkpoint" in text
+    assert "on 2 pictures, against torch in float32: every graph run agrees" in text
+    assert code == 0
+
+
+def test_another_checkpoint_fails_with_code_1(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_checkpoint(tmp_path / "other", DINOV3, seed=7)
+    code, text, _ = run(
+        capsys, "verify", bundle.directory, "--against", other, "--images", SAMPLES[0]
+    )
+    assert code == 1
+    assert text.count("FAIL") == 6
+    assert "disagree: portable, ort" in text
+
+
+def test_the_verdict_is_by_picture_file(bundle: Bundle, dinov3_checkpoint: Path) -> None:
+    verdicts = list(judge(bundle, dinov3_checkpoint, SAMPLES[:2]))
+    fp32 = next(verdict for verdict in verdicts if verdict.graph.name == "ort")
+    assert fp32.parity is not None
+    assert fp32.parity.images == tuple(str(path) for path in SAMPLES[:2])
+    assert fp32.parity.method == "CPUExecutionProvider"
+    assert fp32.parity.max_rel <= 2e-5
+    lossy = next(verdict for verdict in verdicts if verdict.graph.name == "int8")
+    assert lossy.parity is not None
+    assert lossy.parity.patches.cosine < fp32.parity.patches.cosine
+    assert np.isfinite(lossy.parity.max_abs)
+    with pytest.raises(EmptyInputError, match="--images"):
+        next(judge(bundle, dinov3_checkpoint, []))
+
+
+def test_the_two_options_go_together(
+    bundle: Bundle, dinov3_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, errors = run(capsys, "verify", bundle.directory, "--against", dinov3_checkpoint)
+    assert code == 2
+    assert "go together" in errors
