@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import vistower.cpu
 from vistower import VisionEncoder
@@ -104,6 +106,27 @@ def test_calibration_pictures_can_be_given(clip_checkpoint: Path, tmp_path: Path
     assert bundle.manifest is not None
     calibration = str(bundle.manifest.graphs["int8"].calibration)
     assert calibration.startswith("2 pictures given at export, quarters")
+
+
+def test_products_that_lose_too_much_stay_in_float32(
+    dinov3_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A neuron far larger than the others, as trained towers have them, spoils its product."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(dinov3_checkpoint, checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    up = next(name for name in weights if name.endswith("layer.1.mlp.up_proj.bias"))
+    down = next(name for name in weights if name.endswith("layer.1.mlp.down_proj.weight"))
+    weights[up][0] = 2000.0
+    weights[down][:, 0] = 1e-4
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    bundle = export_bundle(
+        resolve_checkpoint(str(checkpoint)), tmp_path / "bundle", precisions=["int8"]
+    )
+    assert bundle.manifest is not None
+    record = bundle.manifest.graphs["int8"]
+    assert record.float_products == ("patches", "layers.1.down")
+    assert record.parity.cosine >= 0.999
 
 
 CPUS = {

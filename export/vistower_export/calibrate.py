@@ -1,15 +1,34 @@
-"""Statistics of a tower's activations over calibration pictures, for `vistower_export.quantize`."""
+"""From calibration pictures to the int8 form of a tower.
+
+The float32 graphs run over the pictures, and what enters their products is watched. Then every
+product is quantized, and the int8 graph is compared with the float32 one. Where it is off by more
+than int8 may be, the products that lose most are left in float32, as few as it takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from vistower.images import ImageInput
 from vistower.ort import onnxruntime
-from vistower_export.quantize import Statistics
+from vistower.tolerance import TOLERANCES
+from vistower_export.forms import INT8, ORT
+from vistower_export.graph import write_graph
+from vistower_export.parity import compare, passes
+from vistower_export.quantize import (
+    FLOAT_PRODUCTS,
+    Quantization,
+    Statistics,
+    quantize,
+    relative_noise,
+    smooth,
+)
+from vistower_export.weights import LEVELS_SITE, PIXELS_SITE, Product, Tower
+from vistower_export.write import Calibrated, Graphs, run
 
 Array = npt.NDArray[np.float32]
 
@@ -60,3 +79,68 @@ def observe(runs: Iterable[tuple[Path, Iterable[Array]]]) -> dict[str, Statistic
             for name, seen in zip(names, session.run(names, {"pixel_values": value}), strict=True):
                 running.setdefault(name, _Running()).add(seen)
     return {name: seen.statistics() for name, seen in running.items()}
+
+
+def calibrate(
+    graphs: Graphs,
+    towers: Sequence[Tower],
+    folded: Sequence[Tower],
+    pictures: Sequence[ImageInput],
+    label: str,
+) -> Calibrated:
+    """Choose the int8 form of a tower's products.
+
+    Where pixels are made of uint8 levels, the ``folded`` towers take those: nothing is lost in
+    them.
+    """
+    runs = []
+    for index, (view, tower) in enumerate(zip(graphs.views, towers, strict=True)):
+        graph = write_graph(tower, ORT, observe=True)
+        path = graphs.save(ORT, graph, f"observed_{index}.onnx")
+        runs.append((path, [view.preprocessor(picture)[None] for picture in pictures]))
+    statistics = observe(runs)
+    for path, _ in runs:
+        path.unlink()
+    levels = folded[0].levels
+    if levels is not None:
+        scale, offset = levels.rows(folded[0].config.patch_size)
+        statistics[LEVELS_SITE] = statistics[PIXELS_SITE].shifted(-offset).divided(scale)
+    smoothed = [smooth(tower, statistics) for tower in folded]
+    tower, even = smoothed[0]
+    products = write_graph(tower, ORT).products
+    everything = quantize(products, even, keep=FLOAT_PRODUCTS)
+    sample = {str(index): value for index, value in enumerate(runs[0][1])}
+    chosen = _within_tolerance(graphs, tower, products, even, everything, sample)
+    return Calibrated(
+        towers=tuple(tower for tower, _ in smoothed),
+        quantization=chosen,
+        float_products=tuple(name for name in products if name not in chosen.linears),
+        pictures=label,
+    )
+
+
+def _within_tolerance(
+    graphs: Graphs,
+    tower: Tower,
+    products: Mapping[str, Product],
+    statistics: Mapping[str, Statistics],
+    everything: Quantization,
+    pixel_values: Mapping[str, Array],
+) -> Quantization:
+    """The quantization of as many products as the tolerance allows, in doubling steps.
+
+    If half of them in float32 are not enough, the whole quantization goes on to the gate.
+    """
+    exact_graph = next(graph.path for graph in graphs.written if graph.form is ORT)
+    exact = run(exact_graph, pixel_values)
+    noise = relative_noise(products, statistics, everything)
+    noisiest = sorted(noise, key=lambda name: -noise[name])
+    kept = 0
+    while kept <= len(noisiest) // 2:
+        candidate = everything.without(noisiest[:kept])
+        graph = write_graph(tower, INT8, quantization=candidate)
+        tokens = run(graphs.trial("candidate", graph), pixel_values)
+        if passes(compare(exact, tokens, graphs.views[0].layout), TOLERANCES["int8"]):
+            return candidate
+        kept = 2 * kept or 1
+    return everything

@@ -15,7 +15,7 @@ scale a column. Three steps keep the loss small, all of them free at run time:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,6 +85,11 @@ class Quantization:
     activations: Mapping[str, Activation]
     linears: Mapping[str, QuantizedLinear]
 
+    def without(self, names: Collection[str]) -> Quantization:
+        """The same with some products left in float32."""
+        linears = {name: q for name, q in self.linears.items() if name not in names}
+        return replace(self, linears=linears)
+
 
 FLOAT_PRODUCTS = frozenset({"patches"})
 """Products that stay in float32: pixels that were resized as floats have no LayerNorm that could
@@ -117,6 +122,29 @@ def quantize(
             for name, product in chosen.items()
         },
     )
+
+
+def relative_noise(
+    products: Mapping[str, Product],
+    statistics: Mapping[str, Statistics],
+    quantization: Quantization,
+) -> dict[str, float]:
+    """How much of each product is rounding: its variance over that of the product.
+
+    Channels and roundings are taken as independent; an activation's rounding has the variance of
+    an even spread over one step.
+    """
+    noise = {}
+    for name, quantized in quantization.linears.items():
+        product = products[name]
+        weight = product.linear.weight()
+        error = weight - quantized.weight * quantized.scale
+        activation = quantization.activations.get(product.site)
+        step = 0.0 if activation is None else activation.scale
+        variance = statistics[product.site].variance[:, None]
+        rounding = step**2 / 12 * float((weight**2).sum()) + float((variance * error**2).sum())
+        noise[name] = rounding / max(float((variance * weight**2).sum()), 1e-30)
+    return noise
 
 
 def quantize_activation(statistics: Statistics) -> Activation:

@@ -39,44 +39,21 @@ from vistower.manifest import (
 )
 from vistower.ort import onnxruntime
 from vistower.preprocess import Preprocessor
-from vistower.session import Session
 from vistower.tokens import TokenLayout
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
-from vistower_export.calibrate import observe
-from vistower_export.forms import ALWAYS, BY_PRECISION, HALVES, INT8, ORT, GraphForm
-from vistower_export.graph import IR_VERSION, OPSET, WrittenGraph, write_graph
-from vistower_export.parity import ON_CPU, compare, require_parity, require_same_pixels
+from vistower_export.calibrate import calibrate
+from vistower_export.forms import ALWAYS, BY_PRECISION, INT8, ORT
+from vistower_export.graph import IR_VERSION, OPSET
+from vistower_export.parity import compare, require_parity, require_same_pixels
 from vistower_export.pictures import SAMPLES, calibration_pictures, write_golden_crops
-from vistower_export.quantize import FLOAT_PRODUCTS, Quantization, quantize, smooth
 from vistower_export.source import Checkpoint
-from vistower_export.store import WeightStore
 from vistower_export.towers import TowerFamily, tower_config
-from vistower_export.weights import LEVELS_SITE, PIXELS_SITE, Levels, Tower, arrange
+from vistower_export.weights import Levels, Tower, arrange
+from vistower_export.write import TRIAL_DIRECTORY, Array, Graphs, Size, View, Written, run
 
 LIBRARIES = ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "numpy", "pillow")
 """Libraries whose versions decide the numbers of a bundle."""
-
-GRAPH_DIRECTORY = "onnx"
-EMULATED_DIRECTORY = "emulated"
-"""Where stand-ins of graphs the CPU cannot run lie until the gate is through."""
-
-Array = npt.NDArray[np.float32]
-Size = tuple[int, int]
-"""(height, width) in pixels."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A tower at one input size: where its tokens lie, and the runtime's processor for it."""
-
-    layout: TokenLayout
-    preprocessor: Preprocessor
-
-    @property
-    def size(self) -> Size:
-        """(height, width) in pixels."""
-        return self.layout.image_size
 
 
 @dataclass(frozen=True)
@@ -100,35 +77,6 @@ class Referenced:
     reference: hf.Reference
     pixel_values: Mapping[str, Array]
     levels: Mapping[str, npt.NDArray[np.uint8]]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A graph in the staging directory.
-
-    ``emulated`` is a stand-in that the CPU can run, where it cannot run the graph itself.
-    """
-
-    name: str
-    form: GraphForm
-    view: View
-    path: Path
-    nodes: int
-    domains: tuple[str, ...]
-    float_products: tuple[str, ...] = ()
-    calibration: str | None = None
-    emulated: Path | None = None
-
-    @property
-    def method(self) -> str:
-        """What the parity gate runs in its place, for the certificate."""
-        if self.emulated is None:
-            return ON_CPU
-        return (
-            f"emulated in float32 on the CPU: weights and every operator's result rounded to "
-            f"{self.form.precision}, the inside of an operator not. Confirm it on the device with "
-            f"`vistower verify --device cuda`"
-        )
 
 
 def load(
@@ -225,103 +173,6 @@ def arrange_views(loaded: Loaded, *, levels: bool = False) -> tuple[Tower, ...]:
     )
 
 
-class _Graphs:
-    """Writes graphs of any form and view to the staging directory, one weight file a precision."""
-
-    def __init__(self, staging: Path, views: Sequence[View]) -> None:
-        self.directory = staging / GRAPH_DIRECTORY
-        self.directory.mkdir()
-        self.views = views
-        self.written: list[Written] = []
-        self._stores: dict[str, WeightStore] = {}
-
-    def save(self, form: GraphForm, graph: WrittenGraph, file: str) -> Path:
-        store = self._stores.setdefault(form.weights, WeightStore(self.directory / form.weights))
-        path = self.directory / file
-        store.save(graph.model, path)
-        return path
-
-    def write(
-        self, form: GraphForm, towers: Sequence[Tower], calibrated: Calibrated | None = None
-    ) -> None:
-        half = form.precision in HALVES
-        for view, tower in zip(self.views, towers, strict=True):
-            extra = "" if view is self.views[0] else f"{view.size[0]}x{view.size[1]}"
-            graph = write_graph(
-                tower, form, quantization=calibrated.quantization if calibrated else None
-            )
-            path = self.save(form, graph, f"{form.file}{extra and '_' + extra}.onnx")
-            self.written.append(
-                Written(
-                    name=f"{form.name}{extra and '@' + extra}",
-                    form=form,
-                    view=view,
-                    path=path,
-                    nodes=len(graph.model.graph),
-                    domains=tuple(sorted(graph.model.opset_imports)),
-                    float_products=calibrated.float_products if calibrated else (),
-                    calibration=calibrated.pictures if calibrated else None,
-                    emulated=self._emulate(form, tower, extra) if half else None,
-                )
-            )
-
-    def _emulate(self, form: GraphForm, tower: Tower, extra: str) -> Path:
-        directory = self.directory.with_name(EMULATED_DIRECTORY) / form.name
-        directory.mkdir(parents=True, exist_ok=True)
-        graph = write_graph(tower, form, emulate=True)
-        path = directory / f"{extra or 'default'}.onnx"
-        WeightStore(path.with_suffix(".data")).save(graph.model, path)
-        return path
-
-    @property
-    def weight_bytes(self) -> int:
-        return self._stores[ORT.weights].nbytes
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Smoothed towers, one a view, what of them is quantized, and by which pictures."""
-
-    towers: tuple[Tower, ...]
-    quantization: Quantization
-    float_products: tuple[str, ...]
-    pictures: str
-
-
-def calibrate(
-    graphs: _Graphs,
-    towers: Sequence[Tower],
-    folded: Sequence[Tower],
-    pictures: Sequence[ImageInput],
-    label: str,
-) -> Calibrated:
-    """Watch the float32 graphs run over pictures, and choose the int8 form of their products.
-
-    Where pixels are made of uint8 levels, ``folded`` towers take those: nothing is lost in them.
-    """
-    runs = []
-    for index, (view, tower) in enumerate(zip(graphs.views, towers, strict=True)):
-        graph = write_graph(tower, ORT, observe=True)
-        path = graphs.save(ORT, graph, f"observed_{index}.onnx")
-        runs.append((path, [view.preprocessor(picture)[None] for picture in pictures]))
-    statistics = observe(runs)
-    for path, _ in runs:
-        path.unlink()
-    levels = folded[0].levels
-    if levels is not None:
-        scale, offset = levels.rows(folded[0].config.patch_size)
-        statistics[LEVELS_SITE] = statistics[PIXELS_SITE].shifted(-offset).divided(scale)
-    smoothed = [smooth(tower, statistics) for tower in folded]
-    products = write_graph(smoothed[0][0], ORT).products
-    quantization = quantize(products, smoothed[0][1], keep=FLOAT_PRODUCTS)
-    return Calibrated(
-        towers=tuple(tower for tower, _ in smoothed),
-        quantization=quantization,
-        float_products=tuple(name for name in products if name not in quantization.linears),
-        pictures=label,
-    )
-
-
 def write(
     loaded: Loaded,
     precisions: Sequence[GraphPrecision],
@@ -329,10 +180,10 @@ def write(
     uint8: bool,
     staging: Path,
     on_step: Callable[[str], None],
-) -> _Graphs:
+) -> Graphs:
     """Write every graph asked for; matrices stream to disk, one in memory at a time."""
     towers = arrange_views(loaded)
-    graphs = _Graphs(staging, loaded.views)
+    graphs = Graphs(staging, loaded.views)
     folded = arrange_views(loaded, levels=True)
     for form in ALWAYS:
         graphs.write(form, towers)
@@ -353,12 +204,6 @@ def write(
     return graphs
 
 
-def _run(graph: Path, pixel_values: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
-    """Tokens of every picture; the session ends here, so that no two are in memory at once."""
-    session = Session(graph, "cpu")
-    return {name: session.run(value) for name, value in pixel_values.items()}
-
-
 def gate(
     written: Sequence[Written], referenced: Mapping[Size, Referenced], staging: Path
 ) -> dict[str, GraphRecord]:
@@ -371,7 +216,7 @@ def gate(
     for graph in written:
         known = referenced[graph.view.size]
         pixels = known.pixel_values if graph.form.pixels == "float32" else known.levels
-        tokens = _run(graph.emulated or graph.path, pixels)
+        tokens = run(graph.emulated or graph.path, pixels)
         parity = compare(known.reference.last_hidden_state, tokens, graph.view.layout, graph.method)
         require_parity(graph.name, parity, TOLERANCES[graph.form.precision])
         records[graph.name] = GraphRecord(
@@ -387,7 +232,7 @@ def gate(
             calibration=graph.calibration,
             float_products=graph.float_products,
         )
-    shutil.rmtree(staging / EMULATED_DIRECTORY, ignore_errors=True)
+    shutil.rmtree(staging / TRIAL_DIRECTORY, ignore_errors=True)
     return records
 
 

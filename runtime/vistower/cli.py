@@ -322,9 +322,9 @@ def _judge(bundle: Bundle, checkpoint: Path, pictures: Sequence[Path], device: s
             for what, found in (("CLS", parity.cls), ("patches", parity.patches))
         )
         out.print(
-            f"{'pass' if verdict.passed else 'FAIL'}  {name}: {tokens}; off by {parity.max_abs:.1e} "
-            f"at most, {parity.max_rel:.1e} of the norm (required: cosine {limit.cosine}, "
-            f"{limit.max_rel:.0e})"
+            f"{'pass' if verdict.passed else 'FAIL'}  {name}: {tokens}; off by "
+            f"{parity.max_abs:.1e} at most, {parity.max_rel:.1e} of the norm (required: cosine "
+            f"{limit.cosine}, {limit.max_rel:.0e})"
         )
         if not verdict.passed:
             failed.append(name)
