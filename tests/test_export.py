@@ -276,29 +276,57 @@ def test_what_is_not_reproduced_is_refused_by_name(
         export(checkpoint, tmp_path / "bundle")
 
 
+FUSED = {"MultiHeadAttention", "LayerNormalization", "MatMul", "Add", "Pad", "Reshape", "Transpose"}
+HALF = FUSED | {"SkipLayerNormalization", "Cast"}
+INT8 = FUSED - {"MatMul"} | {"MatMulIntegerToFloat", "QuantizeLinear"}
+
+BUDGETS: dict[str, dict[str, tuple[int, set[str]]]] = {
+    "clip-vit-base-patch32": {
+        "ort": (200, FUSED | {"QuickGelu"}),
+        "ort_uint8": (202, FUSED | {"QuickGelu", "Cast", "Mul"}),
+        "fp16": (160, HALF | {"QuickGelu"}),
+        "fp16_uint8": (160, HALF | {"QuickGelu", "Mul"}),
+        "int8": (205, INT8 | {"QuickGelu", "Mul"}),
+        "int8_uint8": (200, INT8 | {"QuickGelu"}),
+    },
+    "dinov3-vits16": {
+        "ort": (200, FUSED | {"RotaryEmbedding", "BiasGelu"}),
+        "bf16": (160, HALF | {"RotaryEmbedding", "BiasGelu"}),
+        "int8": (225, INT8 | {"MatMul", "RotaryEmbedding", "Gelu"}),
+    },
+}
+"""Real architecture → graph → most nodes, and exactly the operators."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "nodes", "attention"),
-    [("clip-vit-base-patch32", 200, 12), ("dinov3-vits16", 260, 12)],
-)
-def test_the_real_architectures_export_within_their_node_budgets(
-    name: str, nodes: int, attention: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", BUDGETS)
+def test_the_real_architectures_export_within_their_node_budgets(name: str, tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(name, tmp_path / name, seed=0)
     # A process of its own, so that the peak is this export's.
     command = [sys.executable, "-m", "vistower.cli", "export", checkpoint]
-    subprocess.run([*command, "--output", tmp_path / "bundle"], check=True)
-    bundle = Bundle.load(tmp_path / "bundle")
-    assert bundle.manifest is not None
-    fused = bundle.manifest.graphs["ort"]
-    assert fused.nodes <= nodes
-    assert fused.parity.max_rel <= 2e-5
-    counts = operators(bundle.directory / fused.file)
-    assert counts["com.microsoft::MultiHeadAttention"] == attention
-    assert "ai.onnx::Softmax" not in counts
-    if name.startswith("dinov3"):
-        assert counts["com.microsoft::RotaryEmbedding"] == 2 * attention
-    portable = onnxruntime.InferenceSession(bundle.directory / "onnx/model.onnx")
-    assert portable.get_inputs()[0].shape == ["batch", 3, 224, 224]
+    subprocess.run([*command, "--output", tmp_path / "plain"], check=True)
+    plain = Bundle.load(tmp_path / "plain")
+    assert plain.manifest is not None
     # torch, transformers and ONNX Runtime themselves take some 800 MB.
-    assert bundle.manifest.export_peak_bytes < 4 * bundle.manifest.weight_bytes + 1e9
+    assert plain.manifest.export_peak_bytes < 4 * plain.manifest.weight_bytes + 1e9
+
+    half = "fp16" if name.startswith("clip") else "bf16"
+    precisions = ["--precision", "int8", "--precision", half]
+    uint8 = ["--uint8"] if name.startswith("clip") else []
+    command += ["--output", tmp_path / "bundle", *precisions, *uint8]
+    subprocess.run(command, check=True)
+    manifest = Bundle.load(tmp_path / "bundle").manifest
+    assert manifest is not None
+    assert manifest.graphs.keys() == {"portable", *BUDGETS[name]}
+    for graph, (nodes, kinds) in BUDGETS[name].items():
+        record = manifest.graphs[graph]
+        counts = operators(tmp_path / "bundle" / record.file)
+        assert sum(counts.values()) == record.nodes <= nodes, graph
+        assert {operator.partition("::")[2] for operator in counts} == kinds, graph
+        assert counts["com.microsoft::MultiHeadAttention"] == 12
+        if name.startswith("dinov3"):
+            assert counts["com.microsoft::RotaryEmbedding"] == 2 * 12
+        if record.precision == "fp32":
+            assert record.parity.max_rel <= 2e-5
+    portable = onnxruntime.InferenceSession(tmp_path / "bundle/onnx/model.onnx")
+    assert portable.get_inputs()[0].shape == ["batch", 3, 224, 224]
