@@ -1,6 +1,6 @@
 """The files every backend works on: checkpoint, exports, pictures, and torch's own numbers.
 
-``python -m benchmarks.artifacts FOLDER MODEL...`` in the environment with torch. What is
+``python -m benchmarks.artifacts FOLDER DEVICE MODEL...`` in the environment with torch. What is
 there is kept, but for our bundle: that is what is being measured, so it is made anew.
 """
 
@@ -24,9 +24,17 @@ from benchmarks.models import MODELS, Model
 if TYPE_CHECKING:
     import torch
 
+    from vistower.tolerance import GraphPrecision
+
 PICTURES = 8
 PICTURE_SIZE = (1024, 768)
 PROJECTION = 512
+
+REDUCED: dict[str, dict[str, tuple[GraphPrecision, ...]]] = {
+    "cpu": {"clip": ("int8",), "dinov3": ("int8",)},
+    "cuda": {"clip": ("fp16", "bf16"), "dinov3": ("bf16",)},
+}
+"""Device → family → the precisions exported beside float32. DINOv3's upstream rules fp16 out."""
 
 Array = npt.NDArray[np.float32]
 
@@ -183,21 +191,37 @@ def write_optimum(root: Path, model: Model, python: str) -> None:
     partial.rename(output)
 
 
-def graphs(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Kind → precision of every graph that all bundles hold, from their manifests."""
-    found: list[dict[str, str]] = []
-    for name in names:
-        manifest = json.loads((root / "bundles" / name / "vistower.json").read_text("utf-8"))
-        # `ort@512x768` is another resolution's.
-        found.append({k: g["precision"] for k, g in manifest["graphs"].items() if "@" not in k})
-    return {kind: found[0][kind] for kind in found[0] if all(kind in other for other in found)}
+def graphs(root: Path, name: str) -> dict[str, str]:
+    """Kind → precision of the graphs that a model's bundle holds, from its manifest.
+
+    Of one resolution, and with ``pixel_values`` as their input, which is what others take too.
+    """
+    manifest = json.loads((root / "bundles" / name / "vistower.json").read_text("utf-8"))
+    return {
+        kind: graph["precision"]
+        for kind, graph in manifest["graphs"].items()
+        if "@" not in kind and not kind.endswith("_uint8")
+    }
 
 
-def make(root: Path, names: Sequence[str]) -> None:
-    """Make everything for some models, but optimum's export."""
-    from vistower_export.checkpoint import write_random_checkpoint
+def write_bundle(root: Path, model: Model, device: str) -> None:
+    """Our export, with the reduced precisions of the device; without those that fail its gate."""
+    from vistower.errors import ParityError
     from vistower_export.source import resolve_checkpoint
     from vistower_export.steps import export_bundle
+
+    checkpoint = resolve_checkpoint(str(root / "checkpoints" / model.name))
+    bundle = root / "bundles" / model.name
+    try:
+        export_bundle(checkpoint, bundle, precisions=REDUCED[device][model.family], overwrite=True)
+    except ParityError as error:
+        print(f"{model.name}: float32 only: {error}", flush=True)
+        export_bundle(checkpoint, bundle, overwrite=True)
+
+
+def make(root: Path, device: str, names: Sequence[str]) -> None:
+    """Make everything for some models, but optimum's export."""
+    from vistower_export.checkpoint import write_random_checkpoint
 
     files = write_pictures(root)
     for name in names:
@@ -207,10 +231,10 @@ def make(root: Path, names: Sequence[str]) -> None:
             print(f"{name}: random-weight checkpoint", flush=True)
             write_random_checkpoint(name, checkpoint)
         print(f"{name}: our bundle, torch's plain export, torch's numbers", flush=True)
-        export_bundle(resolve_checkpoint(str(checkpoint)), root / "bundles" / name, overwrite=True)
+        write_bundle(root, model, device)
         write_plain(root, model)
         write_reference(root, model, files)
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), sys.argv[2:])
+    make(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -67,8 +67,9 @@ def run(plan: Plan, root: Path, pythons: Mapping[str, str], output: Path) -> Run
     Raises:
         UnknownBackendError: naming it, and those there are.
     """
-    graphs = artifacts.graphs(root, plan.models)
-    chosen = _chosen(plan, graphs)
+    graphs = {name: artifacts.graphs(root, name) for name in plan.models}
+    chosen = {name: _chosen(plan, name, graphs[name]) for name in plan.models}
+    _check_names(plan, graphs)
     folder = _folder(plan, root)
     description = machine.describe(plan.threads, plan.device)
     settings = asdict(plan) | {"graphs": graphs}
@@ -77,20 +78,19 @@ def run(plan: Plan, root: Path, pythons: Mapping[str, str], output: Path) -> Run
     records: list[Record] = []
 
     def save() -> Run:
-        order = [entry.name for entry in chosen]
-        ordered = sorted(records, key=lambda r: (r.model, order.index(r.backend), r.round))
+        order = [(name, entry.name) for name in plan.models for entry in chosen[name]]
+        ordered = sorted(records, key=lambda r: (order.index((r.model, r.backend)), r.round))
         done = Run(plan.device, description, settings, models, peaks, ordered)
         done.save(output)
         return done
 
     for number in range(plan.rounds):
-        peaks.append(_peak(plan, folder, pythons["main"], number))
-        jobs = [(name, entry) for name in plan.models for entry in chosen]
+        if (peak := _peak(plan, folder, pythons["main"], number)) is not None:
+            peaks.append(peak)
+        jobs = [(name, entry) for name in plan.models for entry in chosen[name]]
         # Every other round backwards, so that heat and drift do not favour a place in the order.
         for name, entry in jobs if number % 2 == 0 else reversed(jobs):
-            if MODELS[name].family not in entry.families:
-                continue
-            record = _record(plan, root, folder, pythons, graphs, entry, name, number)
+            record = _record(plan, root, folder, pythons, graphs[name], entry, name, number)
             records.append(record)
             _tell(record)
             save()
@@ -127,7 +127,7 @@ def _folder(plan: Plan, root: Path) -> Path:
 
 def make_artifacts(plan: Plan, root: Path, pythons: Mapping[str, str]) -> None:
     """Make the files all backends share; the optimum environment is used if it is wanted."""
-    command = [pythons["main"], "-m", "benchmarks.artifacts", str(root), *plan.models]
+    command = [pythons["main"], "-m", "benchmarks.artifacts", str(root), plan.device, *plan.models]
     subprocess.run(command, check=True, cwd=REPOSITORY, env=_environment())
     if plan.device == "cpu" and (plan.backends is None or "optimum" in plan.backends):
         for name in plan.models:
@@ -138,21 +138,27 @@ def make_artifacts(plan: Plan, root: Path, pythons: Mapping[str, str]) -> None:
                 print(f"{name}: no export by optimum: {error} {stderr.decode()[-500:]}", flush=True)
 
 
-def _chosen(plan: Plan, graphs: Mapping[str, str]) -> list[Entry]:
-    known = entries(plan.device, graphs)
-    if plan.backends is None:
-        return list(known)
-    # `vistower` stands for every graph of ours.
-    names = set(plan.backends)
-    found = [
-        e for e in known if e.name in names or e.name.partition("-")[0] in names & {"vistower"}
+def _chosen(plan: Plan, name: str, graphs: Mapping[str, str]) -> list[Entry]:
+    """A model's backends; ``vistower`` stands for every graph of ours."""
+    return [
+        entry
+        for entry in entries(plan.device, graphs)
+        if MODELS[name].family in entry.families
+        and (
+            plan.backends is None
+            or entry.name in plan.backends
+            or (entry.name.startswith("vistower-") and "vistower" in plan.backends)
+        )
     ]
-    if unknown := names - {entry.name for entry in known} - {"vistower"}:
+
+
+def _check_names(plan: Plan, graphs: Mapping[str, Mapping[str, str]]) -> None:
+    known = {e.name: None for found in graphs.values() for e in entries(plan.device, found)}
+    if unknown := set(plan.backends or ()) - set(known) - {"vistower"}:
         raise UnknownBackendError(
             f"Unknown backend {', '.join(sorted(unknown))}; known for {plan.device}: "
-            f"{', '.join(entry.name for entry in known)}."
+            f"{', '.join(known)}, or vistower for all of ours."
         )
-    return found
 
 
 def _environment() -> dict[str, str]:
@@ -165,7 +171,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _peak(plan: Plan, folder: Path, python: str, number: int) -> dict[str, Any]:
+def _peak(plan: Plan, folder: Path, python: str, number: int) -> dict[str, Any] | None:
     path = folder / f"peak-{number}.json"
     if not path.exists():
         call = (
@@ -176,12 +182,15 @@ def _peak(plan: Plan, folder: Path, python: str, number: int) -> dict[str, Any]:
         code = f"import json; from benchmarks import peak; print(json.dumps({call}))"
         done = subprocess.run(
             [python, "-c", code],
-            check=True,
+            check=False,
             cwd=REPOSITORY,
             env=_environment(),
             capture_output=True,
             text=True,
         )
+        if done.returncode != 0:
+            print(f"round {number}: no fastest product: {done.stderr[-500:]}", flush=True)
+            return None
         path.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
     peak: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     print(f"round {number}: fastest float32 product {peak['gflops']:.0f} GFLOP/s", flush=True)
