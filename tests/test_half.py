@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from vistower import VisionEncoder
+from fake_gpu import FakeGpu
+from vistower import CLIPMixin, VisionEncoder
 from vistower.bundle import Bundle
 from vistower.device import Device
 from vistower.errors import PrecisionError, UnsupportedArchitectureError
@@ -117,6 +118,20 @@ def test_a_gpu_takes_half_precision_by_itself_and_the_cpu_does_not(
     assert auto(dinov3_half, "cpu") == "ort"
     # TensorRT reads standard operators only, and those are float32.
     assert {g.name for g in clip_half.graphs_at(portable=True).values()} == {"portable"}
+
+
+def test_opening_on_a_gpu_follows_the_rules_and_the_mixin_stays_in_float32(
+    gpu: FakeGpu, clip_half: Bundle
+) -> None:
+    directory = str(clip_half.directory)
+    assert VisionEncoder.open(directory, device="cuda").graph.name == "fp16"
+    assert VisionEncoder.open(directory, device="cuda", precision="fp32").graph.name == "ort"
+    assert CLIPMixin(model_path=directory, device="cuda").model.graph.name == "ort"
+    encoder = VisionEncoder.open(directory, device="cuda", precision="tf32")
+    assert encoder.graph.name == "ort"
+    assert gpu.opened[-1]["CUDAExecutionProvider"]["use_tf32"] == "1"
+    with pytest.raises(PrecisionError, match="cuda computes in fp32, tf32, fp16, bf16"):
+        VisionEncoder.open(directory, device="cuda", precision="int8")
 
 
 def test_verify_leaves_out_what_the_device_does_not_run(dinov3_half: Bundle) -> None:
