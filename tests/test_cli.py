@@ -187,6 +187,29 @@ def test_export_from_a_directory_and_verify(
     assert "9 comparisons hold" in text
 
 
+def test_export_with_precisions_says_how_each_was_judged(
+    clip_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = run(
+        capsys, "export", clip_checkpoint, "--output", tmp_path / "bundle",
+        "--precision", "int8", "--precision", "fp16", "--uint8", "--calibrate", SAMPLES[0],
+    )  # fmt: skip
+    assert code == 0
+    assert "int8: calibrated on 1 pictures given at export, quarters" in text
+    assert "fp16: emulated in float32 on the CPU" in text
+    assert "random weights say little about int8" in text
+    code, _, errors = run(
+        capsys, "export", clip_checkpoint, "--output", tmp_path / "x", "--precision", "fp8"
+    )
+    assert code == 2
+    assert "use fp16, bf16, int8" in errors
+    code, _, errors = run(
+        capsys, "export", clip_checkpoint, "--output", tmp_path / "x", "--resolution", "2x3x4"
+    )
+    assert code == 2
+    assert "HEIGHTxWIDTH" in errors
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

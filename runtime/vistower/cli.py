@@ -170,6 +170,14 @@ def _print_certificate(bundle: Bundle) -> None:
         f"{_megabytes(manifest.weight_bytes)}, peak memory "
         f"{_megabytes(manifest.export_peak_bytes)}"
     )
+    for kind, graph in manifest.graphs.items():
+        if graph.calibration is not None:
+            kept = ", ".join(graph.float_products) or "none"
+            out.print(f"{kind}: calibrated on {graph.calibration}; products in float32: {kept}")
+        if "emulated" in graph.parity.method:
+            out.print(f"{kind}: {graph.parity.method}")
+    if manifest.source.random_weight and any(g.calibration for g in manifest.graphs.values()):
+        out.print("random weights say little about int8: see `vistower verify --against`")
     out.print(f"{bundle.directory}")
 
 
