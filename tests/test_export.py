@@ -251,7 +251,7 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(
     [
         ("config.json", {"model_type": "siglip_vision_model"}, UnsupportedArchitectureError),
         ("config.json", {"hidden_act": "relu"}, UnsupportedArchitectureError),
-        ("preprocessor_config.json", {"resample": 1}, ProcessorConfigError),
+        ("preprocessor_config.json", {"do_pad": True}, ProcessorConfigError),
         (
             "preprocessor_config.json",
             {"size": {"shortest_edge": 256}, "crop_size": {"height": 256, "width": 256}},
