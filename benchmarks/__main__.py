@@ -48,7 +48,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--artifacts", type=Path, default=ARTIFACTS)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
-        "--python", action="append", default=[], metavar="ENVIRONMENT=PATH", help="main, optimum"
+        "--python",
+        action="append",
+        default=[],
+        metavar="ENVIRONMENT=PATH",
+        help="main, optimum, openvino",
     )
     return parser.parse_args()
 

@@ -21,6 +21,7 @@ LIBRARIES = (
     "transformers",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-openvino",
     "openvino",
     "fastembed",
     "optimum-onnx",

@@ -303,6 +303,6 @@ def _tell(record: Record) -> None:
     print(f"{head} ms/image {', '.join(parts + off)}; cold {cold:.2f} s{disturbed}", flush=True)
 
 
-def default_pythons(names: Sequence[str] = ("main", "optimum")) -> dict[str, str]:
+def default_pythons(names: Sequence[str] = ("main", "optimum", "openvino")) -> dict[str, str]:
     """The interpreter that runs this, for every environment."""
     return dict.fromkeys(names, sys.executable)

@@ -161,6 +161,7 @@ def test_arithmetic_of_the_known_towers() -> None:
 def test_ours_come_from_the_graphs_of_the_bundle() -> None:
     graphs = {"portable": "fp32", "ort": "fp32", "int8": "int8", "fp16": "fp16"}
     assert [e.name for e in entries("cpu", graphs) if e.name.startswith("vistower")] == [
+        "vistower-openvino",
         "vistower-ort",
         "vistower-int8",
     ]

@@ -56,6 +56,7 @@ from vistower_export.steps import export_bundle
         ("cuda:3", Device("cuda", 3)),
         ("tensorrt", Device("tensorrt", 0)),
         ("tensorrt:1", Device("tensorrt", 1)),
+        ("openvino", Device("openvino")),
         (torch.device("cpu"), Device("cpu")),
         (torch.device("cuda"), Device("cuda", 0)),
         (torch.device("cuda", 2), Device("cuda", 2)),
@@ -67,7 +68,7 @@ def test_devices(given: Any, means: Device | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["gpu", "cuda:", "cuda:-1", "cuda:a", "", torch.device("meta"), 0]
+    "given", ["gpu", "openvino:0", "cuda:", "cuda:-1", "cuda:a", "", torch.device("meta"), 0]
 )
 def test_unknown_devices(given: Any) -> None:
     with pytest.raises(DeviceError, match="Use 'auto'"):

@@ -17,9 +17,9 @@ from benchmarks.backends.base import Backend
 class Entry:
     """One backend in one setting.
 
-    ``environment`` is ``main`` or ``optimum``; ``precision`` decides how far its numbers may be
-    from torch's; ``libraries`` are the distributions a user installs for it, pictures included;
-    ``note`` says where its work differs from the others'.
+    ``environment`` is ``main``, ``optimum`` or ``openvino``; ``precision`` decides how far its
+    numbers may be from torch's; ``libraries`` are the distributions a user installs for it,
+    pictures included; ``note`` says where its work differs from the others'.
     """
 
     name: str
@@ -124,13 +124,12 @@ def entries(device: str, graphs: Mapping[str, str]) -> tuple[Entry, ...]:
     """Every backend for a device, in the order of the tables.
 
     ``graphs`` maps the kinds of graph our bundles hold to their precision, read from their
-    manifests, so that a new precision appears here by itself. The portable graph is for other
-    runtimes.
+    manifests, so that a new precision appears here by itself. The portable graph is for OpenVINO
+    and for other runtimes.
     """
     ours = [
         entry
         for kind, precision in graphs.items()
-        if kind != "portable"
         for entry in (
             _ours_cpu(kind, precision) if device == "cpu" else _ours_cuda(kind, precision)
         )
@@ -139,7 +138,18 @@ def entries(device: str, graphs: Mapping[str, str]) -> tuple[Entry, ...]:
 
 
 def _ours_cpu(kind: str, precision: str) -> tuple[Entry, ...]:
-    """One entry a graph; half precision is for the GPU."""
+    """One entry a graph; half precision is for the GPU, the portable graph for OpenVINO."""
+    if kind == "portable":
+        return (
+            Entry(
+                "vistower-openvino",
+                "vistower fp32, OpenVINO",
+                "vistower_runtime:Vistower",
+                options={"graph": kind, "device": "openvino"},
+                environment="openvino",
+                libraries=("vistower", "onnxruntime-openvino"),
+            ),
+        )
     if precision not in ("fp32", "int8"):
         return ()
     return (
@@ -156,7 +166,7 @@ def _ours_cpu(kind: str, precision: str) -> tuple[Entry, ...]:
 
 def _ours_cuda(kind: str, precision: str) -> tuple[Entry, ...]:
     """With and without CUDA graphs, float32 with and without TF32; int8 is for the CPU."""
-    if precision == "int8":
+    if precision == "int8" or kind == "portable":
         return ()
     entries = []
     for arithmetic in ("fp32", "tf32") if precision == "fp32" else (precision,):

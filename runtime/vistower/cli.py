@@ -46,7 +46,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 Bundled = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="A bundle's directory, or a model in the cache.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:N] or tensorrt[:N].")]
+Device = Annotated[str, typer.Option(help="auto, cpu, openvino, cuda[:N] or tensorrt[:N].")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 

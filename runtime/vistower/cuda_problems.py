@@ -1,11 +1,12 @@
-"""Why a GPU device cannot be had here, with the remedy; and so which device can be."""
+"""Why a device cannot be had here, with the remedy; and so which device can be."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 from vistower.cuda_machine import (
@@ -76,6 +77,15 @@ ESSENCES = (
 )
 """The sentences of ONNX Runtime's errors that are worth showing, best first."""
 
+WHEELS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "openvino": ("OpenVINO", "openvino"),
+        "cuda": ("CUDA", "gpu"),
+        "tensorrt": ("TensorRT", "gpu"),
+    }
+)
+"""Device type → what the wheel must be built with, and the extra that brings that wheel."""
+
 
 @dataclass(frozen=True)
 class DeviceChoice:
@@ -86,23 +96,18 @@ class DeviceChoice:
 
 
 def problems(device: Device) -> tuple[Problem, ...]:
-    """Every reason why a GPU device cannot be had here, the first being the one to raise.
+    """Every reason why a device cannot be had here, the first being the one to raise.
 
+    The CPU always can, and of providers that have no device name nothing is known.
     Looked at: the wheels installed, the providers compiled in, the libraries the provider was
     linked with, the driver, its CUDA version against the libraries', and the device index.
     """
-    wheels = installed_wheels()
-    if len(wheels) > 1:
-        found = "both onnxruntime and onnxruntime-gpu are installed, and they overwrite each other"
-        remedy = "pip uninstall both, then pip install 'vistower[gpu]'"
-        return (Problem(ProviderMissingError, found, remedy),)
-    module = onnxruntime()
-    if device.provider not in module.get_available_providers():
-        which = ", ".join(wheels) or "onnxruntime"
-        what = "CUDA" if device.type == "cuda" else "TensorRT"
-        found = f"the installed wheel {which} {module.__version__} is built without {what}"
-        remedy = f"pip uninstall {which}, then pip install 'vistower[gpu]'"
-        return (Problem(ProviderMissingError, found, remedy),)
+    if device.type not in WHEELS:
+        return ()
+    if (wrong := _wheel_problem(device)) is not None:
+        return (wrong,)
+    if not device.on_gpu:
+        return ()
     libraries = provider_libraries(CUDA_PROVIDER)
     if device.type == "tensorrt":
         libraries += provider_libraries(TENSORRT_PROVIDER)
@@ -110,6 +115,23 @@ def problems(device: Device) -> tuple[Problem, ...]:
         # Only so that it is found when it is needed; without it other kernels are taken.
         look_for(name)
     return (*_library_problems(libraries), *_driver_problems(device, libraries))
+
+
+def _wheel_problem(device: Device) -> Problem | None:
+    wheels = installed_wheels()
+    what, extra = WHEELS[device.type]
+    if len(wheels) > 1:
+        every = "both" if len(wheels) == 2 else "all of"
+        found = f"{every} {' and '.join(wheels)} are installed, and they overwrite each other"
+        remedy = f"pip uninstall {' '.join(wheels)}, then pip install 'vistower[{extra}]'"
+        return Problem(ProviderMissingError, found, remedy)
+    module = onnxruntime()
+    if device.provider in module.get_available_providers():
+        return None
+    which = next(iter(wheels), "onnxruntime")
+    found = f"the installed wheel {which} {module.__version__} is built without {what}"
+    remedy = f"pip uninstall {which}, then pip install 'vistower[{extra}]'"
+    return Problem(ProviderMissingError, found, remedy)
 
 
 def _library_problems(libraries: tuple[Library, ...]) -> Iterator[Problem]:
@@ -195,12 +217,12 @@ def choose_device(device: DeviceLike = "auto") -> DeviceChoice:
 
 
 def require_device(device: Device) -> None:
-    """Raise if a GPU device cannot be had, with every reason.
+    """Raise if a device cannot be had, with every reason.
 
     Raises:
         DeviceError: see `problems`.
     """
-    if device.on_gpu and (found := problems(device)):
+    if found := problems(device):
         reasons = "; ".join(map(str, found))
         raise found[0].error(f"device={str(device)!r} was asked for, but {reasons}.")
 

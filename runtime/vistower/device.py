@@ -9,10 +9,15 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 from vistower.errors import DeviceError
-from vistower.ort import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
+from vistower.ort import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER, TENSORRT_PROVIDER
 
 PROVIDERS: Mapping[str, str] = MappingProxyType(
-    {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER, "tensorrt": TENSORRT_PROVIDER}
+    {
+        "cpu": CPU_PROVIDER,
+        "openvino": OPENVINO_PROVIDER,
+        "cuda": CUDA_PROVIDER,
+        "tensorrt": TENSORRT_PROVIDER,
+    }
 )
 """Device type → the execution provider that must be active for it."""
 
@@ -31,8 +36,9 @@ ProviderLike: TypeAlias = str | tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Device:
-    """Where a session runs: ``cpu``, or ``cuda`` or ``tensorrt`` with a device index.
+    """Where a session runs: ``cpu``, ``openvino``, or ``cuda`` or ``tensorrt`` with a device index.
 
+    ``openvino`` is the CPU too, through OpenVINO's kernels instead of ONNX Runtime's.
     For a provider that has no such name, ``type`` is the provider's name.
     """
 
@@ -52,12 +58,17 @@ class Device:
         """Whether it is an NVIDIA GPU, whichever provider drives it."""
         return self.type in ("cuda", "tensorrt")
 
+    @property
+    def standard_operators(self) -> bool:
+        """Whether its provider reads ONNX's own operators only, not ONNX Runtime's."""
+        return self.type in ("openvino", "tensorrt")
+
 
 CPU = Device("cpu")
 
 
 def parse_device(device: DeviceLike) -> Device | None:
-    """Read ``auto`` (None), ``cpu``, ``cuda[:N]``, ``tensorrt[:N]`` or a ``torch.device``.
+    """Read ``auto`` (None), ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]``, or torch's.
 
     Raises:
         DeviceError: it is none of them.
@@ -69,13 +80,13 @@ def parse_device(device: DeviceLike) -> Device | None:
         text = str(kind) if index is None else f"{kind}:{index}"
     if text == "auto":
         return None
-    match = re.fullmatch(r"(cpu|cuda|tensorrt)(?::(\d+))?", text)
+    match = re.fullmatch(r"(cpu|openvino)|(cuda|tensorrt)(?::(\d+))?", text)
     if match is None:
         raise DeviceError(
-            f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda', 'cuda:N', 'tensorrt' or "
-            f"'tensorrt:N'."
+            f"device={device!r} is not known. Use 'auto', 'cpu', 'openvino', 'cuda', 'cuda:N', "
+            f"'tensorrt' or 'tensorrt:N'."
         )
-    return CPU if match[1] == "cpu" else Device(match[1], int(match[2] or 0))
+    return Device(match[1]) if match[1] else Device(match[2], int(match[3] or 0))
 
 
 def parse_providers(

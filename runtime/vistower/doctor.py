@@ -32,7 +32,13 @@ from vistower.cuda_problems import choose_device, problems
 from vistower.device import CPU, Device, parse_device
 from vistower.errors import VistowerError
 from vistower.golden import replay
-from vistower.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, installed_wheels, onnxruntime
+from vistower.ort import (
+    CUDA_PROVIDER,
+    OPENVINO_PROVIDER,
+    TENSORRT_PROVIDER,
+    installed_wheels,
+    onnxruntime,
+)
 from vistower.providers import SessionOptions
 from vistower.session import Session
 from vistower.threads import available_cpus
@@ -137,8 +143,12 @@ def diagnose(required: str | None = None, bundle: str | None = None) -> Diagnosi
 
 
 def _devices(providers: tuple[str, ...], gpus: int, required: str | None) -> Iterator[Device]:
-    """The CPU, every GPU (the first in any case: to say what is wrong), and what is required."""
-    devices = [CPU, *(Device("cuda", index) for index in range(max(gpus, 1)))]
+    """The CPU, every GPU (the first in any case: to say what is wrong), and what is required.
+
+    OpenVINO and TensorRT are there where the wheel has them.
+    """
+    cpu = [CPU, Device("openvino")] if OPENVINO_PROVIDER in providers else [CPU]
+    devices = [*cpu, *(Device("cuda", index) for index in range(max(gpus, 1)))]
     if TENSORRT_PROVIDER in providers:
         devices.append(Device("tensorrt"))
     wanted = parse_device(required or "auto")
@@ -157,7 +167,7 @@ def _problem(checks: tuple[Check, ...], required: str | None) -> str | None:
 
 def check(device: Device, bundle: str | None = None) -> Check:
     """Run something small on a device, or say why that cannot be done; raises nothing."""
-    if device.on_gpu and (found := problems(device)):
+    if found := problems(device):
         return Check(str(device), works=False, problems=tuple(map(str, found)))
     start = time.perf_counter()
     try:

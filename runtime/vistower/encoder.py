@@ -100,8 +100,8 @@ class VisionEncoder:
         Args:
             bundle: a bundle's directory, or a hub id or checkpoint directory whose bundle is in
                 the cache. Nothing is downloaded or exported.
-            device: ``auto``, ``cpu``, ``cuda[:N]``, ``tensorrt[:N]`` or a ``torch.device``. Only
-                ``auto`` chooses; the others are had or refused.
+            device: ``auto``, ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]`` or a
+                ``torch.device``. Only ``auto`` chooses; the others are had or refused.
             devices: several of them, e.g. ``["cuda:0", "cuda:1"]``: each batch is shared out.
             providers: execution providers as ONNX Runtime takes them; the first must be active.
                 Give one of ``device``, ``devices`` and ``providers``.
@@ -110,7 +110,8 @@ class VisionEncoder:
             resolution: (height, width) in pixels of the preprocessed pictures, one of
                 ``Bundle.resolutions``; None for the bundle's default.
             graph: a graph by its name in the bundle, whatever it is and wherever it runs; None
-                for the fastest of that precision and resolution (TensorRT takes ``portable``).
+                for the fastest of that precision and resolution (TensorRT and OpenVINO
+                take ``portable``).
             threads: CPU threads inside one run; None for all this process may use.
             options: how to use the device: memory, batch buckets, CUDA graphs and more.
             decode: ``draft`` decodes large JPEGs scaled down: faster, and only nearly the same
@@ -364,8 +365,7 @@ def _choose(
     options: SessionOptions | None,
 ) -> tuple[BundleGraph, SessionOptions | None, str]:
     """The one graph for all devices, the options it runs with, and why this precision."""
-    # TensorRT reads standard operators only.
-    portable = any(device.type == "tensorrt" for device in on)
+    portable = any(device.standard_operators for device in on)
     candidates = bundle.graphs_at(resolution, portable=portable)
     choices = [
         choose_precision(

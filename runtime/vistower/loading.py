@@ -13,6 +13,7 @@ from vistower.binding import Port
 from vistower.cuda_problems import essence, problems, symptom
 from vistower.device import Device
 from vistower.errors import BundleCorruptError, DeviceError, NodePlacementError
+from vistower.openvino import openvino_providers
 from vistower.ort import CPU_PROVIDER, LOG_ERRORS_ONLY, onnxruntime
 from vistower.placement import NodePlacement, can_read_placement, read_placement
 from vistower.providers import (
@@ -118,6 +119,8 @@ class Loading:
                     "one shape. Leave it out."
                 )
             ours = tensorrt_providers(self.device, self.options, self.graph)
+        elif self.device.type == "openvino":
+            ours = openvino_providers(self.threads)
         else:
             ours = device_providers(self.device, self.options)
         return ours if self.providers is None else merged(self.providers, ours)
@@ -147,7 +150,7 @@ class Loading:
         active = session.get_providers()[0]
         if active == self.device.provider:
             return
-        found = problems(self.device) if self.device.on_gpu else ()
+        found = problems(self.device)
         reasons = "; ".join(map(str, found)) or "nothing that vistower knows of is missing"
         error = found[0].error if found else DeviceError
         raise error(

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+OPENVINO_PROVIDER = "OpenVINOExecutionProvider"
 
-WHEELS = ("onnxruntime", "onnxruntime-gpu")
+WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 """Distributions that provide ``import onnxruntime``; two of them overwrite each other's files."""
 
 LOG_ERRORS_ONLY = 3
@@ -37,7 +38,8 @@ def onnxruntime() -> ModuleType:
     except ImportError as error:
         raise MissingExtraError(
             f"ONNX Runtime cannot be imported ({error}). Install one of: "
-            f"pip install 'vistower[cpu]', pip install 'vistower[gpu]'."
+            f"pip install 'vistower[cpu]', pip install 'vistower[gpu]', pip install "
+            f"'vistower[openvino]'."
         ) from error
     module.set_default_logger_severity(LOG_ERRORS_ONLY)
     if CUDA_PROVIDER in module.get_available_providers() and hasattr(module, "preload_dlls"):

@@ -51,7 +51,7 @@ def read_placement(
         NodePlacementError: strict, and compute nodes are on the CPU; or not one node is on the
             device.
     """
-    if not device.on_gpu or not can_read_placement(session):
+    if device.provider == CPU_PROVIDER or not can_read_placement(session):
         return None
     nodes: dict[str, int] = {}
     on_cpu: list[str] = []
@@ -67,10 +67,14 @@ def read_placement(
         )
     if on_cpu:
         names = ", ".join(on_cpu[:NAMED]) + (", ..." if len(on_cpu) > NAMED else "")
-        text = f"{len(on_cpu)} compute nodes of {graph} run on the CPU, not on {device}: {names}"
+        provider = "" if device.on_gpu else " provider"
+        text = (
+            f"{len(on_cpu)} compute nodes of {graph} run on the CPU{provider}, not on {device}: "
+            f"{names}"
+        )
         if strict:
             raise NodePlacementError(
-                f"strict: {text}. Take another graph of the bundle, or a newer onnxruntime-gpu."
+                f"strict: {text}. Take another graph of the bundle, or a newer ONNX Runtime."
             )
         logger.warning("%s", text)
     return NodePlacement(nodes, tuple(on_cpu))

@@ -10,9 +10,9 @@ precision graph            TF32   where
 ``int8``  int8             --     the CPU (its quantized operators have no CUDA kernels)
 ========= ================ ====== =============================================================
 
-``auto`` takes fp32 on the CPU, always: nothing lossy unasked. On a GPU it takes what its family
-keeps its accuracy in, CLIP fp16 and DINOv3 bf16 (its authors do not support fp16), where the
-bundle has that graph and the GPU that precision; else fp32 without TF32.
+``auto`` takes fp32 on the CPU, through OpenVINO too, always: nothing lossy unasked. On a GPU it
+takes what its family keeps its accuracy in, CLIP fp16 and DINOv3 bf16 (its authors do not support
+fp16), where the bundle has that graph and the GPU that precision; else fp32 without TF32.
 
 TF32 rounds the factors of a product to 10 bits of mantissa. ONNX Runtime turns it on by default
 on GPUs that have it, torch does not, and so does vistower not.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from vistower.device import Device
+from vistower.device import PROVIDERS, Device
 from vistower.errors import PrecisionError
 from vistower.tolerance import GraphPrecision
 
@@ -44,7 +44,7 @@ class PrecisionRule:
 
 RULES: Mapping[Precision, PrecisionRule] = MappingProxyType(
     {
-        "fp32": PrecisionRule("fp32", ("cpu", "cuda", "tensorrt")),
+        "fp32": PrecisionRule("fp32", ("cpu", "openvino", "cuda", "tensorrt")),
         "tf32": PrecisionRule("fp32", ("cuda", "tensorrt"), (8, 0), tf32=True),
         "fp16": PrecisionRule("fp16", ("cuda", "tensorrt"), (5, 3)),
         "bf16": PrecisionRule("bf16", ("cuda", "tensorrt"), (8, 0)),
@@ -128,9 +128,8 @@ def _problem(
     compute_capability: tuple[int, int] | None,
 ) -> str | None:
     rule = RULES[precision]
-    ruled = device.type == "cpu" or device.on_gpu
     # Other providers may have the kernels or not; whoever asks for one learns it from the session.
-    if ruled and device.type not in rule.devices:
+    if device.type in PROVIDERS and device.type not in rule.devices:
         can = ", ".join(name for name, rule in RULES.items() if device.type in rule.devices)
         return f"{device.type} computes in {can}"
     has = compute_capability if device.on_gpu else None

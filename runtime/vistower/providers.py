@@ -93,8 +93,9 @@ def session_config(
             # ONNX Runtime then computes with uint8 weights in 16 bits: exact, but half as fast.
             config["session.x64quantprecision"] = "1"
         return config
-    # Weights outside the arena: it then grows for activations only.
-    config["session.use_device_allocator_for_initializers"] = "1"
+    if device.on_gpu:
+        # Weights outside the arena: it then grows for activations only.
+        config["session.use_device_allocator_for_initializers"] = "1"
     if read_placement:
         config["session.record_ep_graph_assignment_info"] = "1"
     elif options.strict:

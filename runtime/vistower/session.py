@@ -62,8 +62,8 @@ class Session:
 
         Args:
             graph: an ONNX file with input ``pixel_values`` and output ``last_hidden_state``.
-            device: ``auto``, ``cpu``, ``cuda[:N]``, ``tensorrt[:N]``, a ``torch.device``, or what
-                `choose_device` made of one of them.
+            device: ``auto``, ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]``, a
+                ``torch.device``, or what `choose_device` made of one of them.
             threads: CPU threads inside one run; None for all this process may use.
             providers: execution providers as ONNX Runtime takes them, instead of ``device``; the
                 first must be active, and their options win over ours.
