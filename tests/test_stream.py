@@ -342,6 +342,8 @@ def test_asyncio_errors_and_ends(encoder: VisionEncoder) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not [t for t in threading.enumerate() if t.name.startswith("vistower")]
+        names = [thread.name for thread in threading.enumerate()]
+        # The threads of faked GPUs, which other tests leave, live as long as the process.
+        assert not [name for name in names if name.startswith(("vistower-prep", "vistower-forw"))]
 
     asyncio.run(run())
