@@ -71,6 +71,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         calls=2,
         timeout=arguments.timeout,
         threads=arguments.threads or available_cpus(),
+        tries=1 if quick else 3,
     )
 
 

@@ -26,13 +26,15 @@ SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "MKL_NUM_
 
 ERROR_LINES = 12
 
-TRIES = 3
-"""How often a disturbed process is measured, before the least disturbed one is taken."""
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does. ``seconds`` and ``calls`` are the least for each batch size in a process."""
+    """What a run does.
+
+    ``seconds`` and ``calls`` are the least for each batch size in a process, ``timeout`` the
+    seconds a process may take. One that others on the machine disturbed is measured again, up to
+    ``tries`` times, and the least disturbed counts.
+    """
 
     device: str
     models: tuple[str, ...]
@@ -43,6 +45,7 @@ class Plan:
     calls: int
     timeout: float
     threads: int
+    tries: int
 
 
 class ResumeError(RuntimeError):
@@ -224,7 +227,7 @@ def _record(
         calls=plan.calls,
     )
     tries = []
-    for _ in range(TRIES):
+    for _ in range(plan.tries):
         clock = machine.CpuClock()
         result, error = _work(job, folder / stem, pythons[entry.environment], plan.timeout)
         tries.append(

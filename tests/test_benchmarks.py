@@ -202,6 +202,7 @@ PLAN = Plan(
     calls=1,
     timeout=120,
     threads=1,
+    tries=1,
 )
 PYTHONS = {"main": sys.executable, "optimum": sys.executable}
 
