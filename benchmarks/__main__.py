@@ -39,7 +39,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backends", type=_comma, help="all; `vistower` is every graph of ours")
     parser.add_argument("--batches", type=_numbers, help="1,8,32; on the GPU 1,8,32,128,512")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.5, help="per batch size and process")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per batch size and process")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one process")
     parser.add_argument("--threads", type=int, help="CPU cores for every backend; all usable ones")
     parser.add_argument("--quick", action="store_true", help="one short round, batches 1 and 8")
