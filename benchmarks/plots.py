@@ -108,7 +108,15 @@ def _bars(
     axis.barh(range(len(found)), known, color=[_colour(s, device) for s in found], height=0.72)
     for index, value in enumerate(values):
         text = "–" if value is None else form.format(value)
-        axis.text(known[index], index, f" {text}", va="center", fontsize=8)
+        axis.annotate(
+            text,
+            (known[index], index),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
     axis.set_yticks(range(len(found)), [s.label for s in found], fontsize=8)
     axis.set_ylim(len(found) - 0.4, -0.6)
     axis.set_xlim(0, 1.18 * max([*known, 1e-9]))
