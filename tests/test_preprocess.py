@@ -298,8 +298,9 @@ def test_a_picture_is_prepared_by_the_calling_thread_alone() -> None:
             for _ in range(10):
                 OURS[name](image)
             process, thread = time.process_time() - process, time.thread_time() - thread
-        # The native library computes in its one thread while this one waits.
-        assert process <= 1.25 * thread + 0.01 or (name, engine) == ("clip-torchvision", "native")
+        # CPU time, not time: with one more thread it would double. The native library computes in
+        # its one thread while this one waits.
+        assert process <= 1.5 * thread + 0.01 or (name, engine) == ("clip-torchvision", "native")
 
 
 def test_array_layouts() -> None:
