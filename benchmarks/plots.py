@@ -40,7 +40,8 @@ def _speed(run: Run, task: str, path: Path) -> Path:
                 "{:.1f}" if run.device == "cpu" else "{:,.0f}",
                 run.device,
             )
-            axis.set_title(f"{run.models[model]['label']}, batch {batch}", fontsize=10)
+            # Room below for the name of the limit's line.
+            axis.set_title(f"{run.models[model]['label']}, batch {batch}", fontsize=10, pad=13)
             if task == "model" and run.device == "cpu" and run.peaks:
                 _limit(axis, run.peak_gflops / run.models[model]["gflop"])
     return _save(figure, run, path)

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from fake_gpu import gpu  # noqa: F401
-from vistower.cuda_problems import problems
-from vistower.device import Device
+from vistower.execution.cuda_problems import problems
+from vistower.execution.device import Device
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
 from vistower_export.towers import CLIP, DINOV3, TowerFamily

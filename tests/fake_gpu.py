@@ -16,9 +16,9 @@ from typing import Any
 import onnxruntime
 import pytest
 
-import vistower.cuda_machine as cuda_machine
-import vistower.session as session_module
-from vistower.memory import HostMemory, PinnedPool
+import vistower.execution.cuda_machine as cuda_machine
+import vistower.execution.session as session_module
+from vistower.execution.memory import HostMemory, PinnedPool
 
 OUT_OF_MEMORY = (
     "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running "
@@ -201,9 +201,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     machine = FakeGpu()
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: machine.providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", fake_session(machine))
-    monkeypatch.setattr("vistower.cuda_problems.installed_wheels", lambda: machine.wheels)
+    monkeypatch.setattr("vistower.execution.cuda_problems.installed_wheels", lambda: machine.wheels)
     monkeypatch.setattr(cuda_machine, "load_library", machine.load_library)
-    monkeypatch.setattr("vistower.tensorrt.load_library", machine.load_library)
+    monkeypatch.setattr("vistower.execution.tensorrt.load_library", machine.load_library)
     # Any file that exists: what it was linked with is the machine's to say.
     files = dict.fromkeys(cuda_machine.PROVIDER_FILES, "_pybind_state.py")
     monkeypatch.setattr(cuda_machine, "PROVIDER_FILES", files)

@@ -18,9 +18,6 @@ import torch
 
 from fake_gpu import OUT_OF_MEMORY, FakeGpu
 from vistower import CLIPMixin, SessionOptions, VisionEncoder
-from vistower.cuda_machine import load_library, needed_libraries
-from vistower.cuda_problems import choose_device, problems
-from vistower.device import Device, parse_device, parse_providers
 from vistower.errors import (
     BatchMemoryError,
     BundleCorruptError,
@@ -34,12 +31,15 @@ from vistower.errors import (
     PrecisionError,
     ProviderMissingError,
 )
-from vistower.ort import installed_wheels
+from vistower.execution.cuda_machine import load_library, needed_libraries
+from vistower.execution.cuda_problems import choose_device, problems
+from vistower.execution.device import Device, parse_device, parse_providers
+from vistower.execution.ort import installed_wheels
+from vistower.execution.providers import cuda_options
+from vistower.execution.replicas import Replicas
+from vistower.execution.session import Session
+from vistower.execution.tensorrt import EngineKey, tensorrt_options
 from vistower.precision import choose_precision
-from vistower.providers import cuda_options
-from vistower.replicas import Replicas
-from vistower.session import Session
-from vistower.tensorrt import EngineKey, tensorrt_options
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
@@ -303,8 +303,8 @@ def test_strict_where_onnxruntime_cannot_tell(
     clip_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vistower.loading.can_read_placement", lambda session: False)
-    monkeypatch.setattr("vistower.placement.can_read_placement", lambda session: False)
+    monkeypatch.setattr("vistower.execution.loading.can_read_placement", lambda session: False)
+    monkeypatch.setattr("vistower.execution.placement.can_read_placement", lambda session: False)
     encoder = VisionEncoder.open(clip_bundle, device="cuda", options=SessionOptions(strict=True))
     assert encoder.session.placement is None  # type: ignore[union-attr]
     assert gpu.config[-1]["session.disable_cpu_ep_fallback"] == "1"

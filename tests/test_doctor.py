@@ -20,9 +20,9 @@ import pytest
 from doctor_graph import doctor_graph
 from fake_gpu import FakeGpu
 from vistower.cli import main
-from vistower.device import Device
 from vistower.doctor import GRAPH, check, diagnose, tiny_pictures, tiny_tokens
-from vistower.session import Session
+from vistower.execution.device import Device
+from vistower.execution.session import Session
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,13 +146,13 @@ int cuTensorMapEncodeTiled(void) { return 100; }
 """The NVIDIA driver's library as far as the CUDA provider and the CUDA runtime need it to start."""
 
 EVERY_OPTION = """
-import vistower.cuda_problems as cuda_problems
+import vistower.execution.cuda_problems as cuda_problems
 from vistower import SessionOptions
-from vistower.device import Device
+from vistower.execution.device import Device
 from vistower.doctor import GRAPH
-from vistower.ort import onnxruntime
-from vistower.providers import cuda_options
-from vistower.session import Session
+from vistower.execution.ort import onnxruntime
+from vistower.execution.providers import cuda_options
+from vistower.execution.session import Session
 
 # Every option but the device, which fails before the others are read.
 options = SessionOptions(

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from vistower import SessionOptions, VisionEncoder
 from vistower.bundle import sha256
 from vistower.errors import NonFiniteError
-from vistower.finite import all_finite
+from vistower.execution.finite import all_finite
 
 BAD = 10.0
 """A pixel above this makes the overflowing graph give NaN for its picture."""

@@ -23,13 +23,13 @@ import torch
 
 from vistower import SessionOptions, VisionEncoder
 from vistower.bundle import Bundle, BundleGraph
-from vistower.cuda_machine import Driver, compute_capability, driver
-from vistower.cuda_problems import problems
-from vistower.device import Device
 from vistower.doctor import diagnose
 from vistower.errors import BatchMemoryError, DeviceMemoryError, NoSuchDeviceError
+from vistower.execution.cuda_machine import Driver, compute_capability, driver
+from vistower.execution.cuda_problems import problems
+from vistower.execution.device import Device
+from vistower.execution.session import Session
 from vistower.precision import REDUCED
-from vistower.session import Session
 from vistower.tolerance import GraphPrecision
 from vistower_export.checkpoint import write_random_checkpoint
 from vistower_export.pictures import SAMPLES
@@ -237,7 +237,7 @@ import sys
 import numpy as np
 from pathlib import Path
 from vistower.precision import REDUCED
-from vistower.session import Session
+from vistower.execution.session import Session
 from vistower.tolerance import GraphPrecision
 session = Session(Path(sys.argv[1]), "cuda")
 shape = (int(sys.argv[2]), 3, 224, 224)

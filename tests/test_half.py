@@ -13,8 +13,8 @@ import transformers
 from fake_gpu import FakeGpu
 from vistower import CLIPMixin, VisionEncoder
 from vistower.bundle import Bundle
-from vistower.device import Device
 from vistower.errors import PrecisionError, UnsupportedArchitectureError
+from vistower.execution.device import Device
 from vistower.golden import replay
 from vistower.precision import choose_precision
 from vistower_export.pictures import SAMPLES

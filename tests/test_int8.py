@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import vistower.cpu
+import vistower.execution.cpu
 from vistower import VisionEncoder
 from vistower.bundle import Bundle
-from vistower.device import Device
 from vistower.errors import BundleNotFoundError, PrecisionError
+from vistower.execution.device import Device
+from vistower.execution.providers import SessionOptions, session_config
 from vistower.golden import replay
-from vistower.providers import SessionOptions, session_config
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
@@ -144,17 +144,17 @@ def test_products_are_widened_where_they_would_saturate(
     directory = bundles["tiny-clip"].directory
     usual = VisionEncoder.open(directory, device="cpu", precision="int8").encode(SAMPLES[0])
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr("vistower.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("vistower.execution.cpu._CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    vistower.cpu.cpu_flags.cache_clear()
+    vistower.execution.cpu.cpu_flags.cache_clear()
     try:
-        assert vistower.cpu.int8_saturates() is saturates
+        assert vistower.execution.cpu.int8_saturates() is saturates
         config = session_config(Device("cpu"), SessionOptions(), read_placement=False)
         assert (config.get("session.x64quantprecision") == "1") is saturates
         widened = VisionEncoder.open(directory, device="cpu", precision="int8").encode(SAMPLES[0])
     finally:
         monkeypatch.undo()
-        vistower.cpu.cpu_flags.cache_clear()
+        vistower.execution.cpu.cpu_flags.cache_clear()
     # The very same integers, whichever kernel adds them up.
     assert np.abs(widened.patches - usual.patches).max() <= 1e-5
 

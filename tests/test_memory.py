@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vistower.cuda_machine import Library
 from vistower.errors import CudaLibraryError, InferenceError
-from vistower.memory import CudaMemory, PinnedPool
-from vistower.workers import CallingThread, GpuWorker
+from vistower.execution.cuda_machine import Library
+from vistower.execution.memory import CudaMemory, PinnedPool
+from vistower.execution.workers import CallingThread, GpuWorker
 
 
 class FakeRuntime:
@@ -66,8 +66,8 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
 
     fake.cudaGetErrorString = ErrorString()  # type: ignore[assignment]
     libraries = (Library("libcublas.so.13", None), Library("libcudart.so.13", None))
-    monkeypatch.setattr("vistower.memory.provider_libraries", lambda provider: libraries)
-    monkeypatch.setattr("vistower.memory.load_library", lambda name: fake)
+    monkeypatch.setattr("vistower.execution.memory.provider_libraries", lambda provider: libraries)
+    monkeypatch.setattr("vistower.execution.memory.load_library", lambda name: fake)
     return fake
 
 
@@ -134,7 +134,7 @@ def test_the_pool_has_a_limit() -> None:
 
 def test_a_build_without_cudart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     only = (Library("libcublas.so.13", None),)
-    monkeypatch.setattr("vistower.memory.provider_libraries", lambda provider: only)
+    monkeypatch.setattr("vistower.execution.memory.provider_libraries", lambda provider: only)
     with pytest.raises(CudaLibraryError, match=r"linked with libcublas\.so\.13, and a libcudart"):
         memory()
 
@@ -150,7 +150,7 @@ def test_a_task_may_call_its_own_worker() -> None:
 
 
 def test_captures_of_two_gpus_exclude_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vistower.workers as workers
+    import vistower.execution.workers as workers
 
     monkeypatch.setattr(workers, "_workers", {})
     pair = [workers.gpu_worker(index) for index in range(2)]

@@ -16,10 +16,10 @@ import pytest
 from fake_gpu import FakeGpu
 from vistower import CLIPMixin, SessionOptions, VisionEncoder
 from vistower.bundle import find_bundle
-from vistower.cuda_problems import problems
-from vistower.device import Device
 from vistower.doctor import diagnose
 from vistower.errors import DeviceError, NodePlacementError, PrecisionError, ProviderMissingError
+from vistower.execution.cuda_problems import problems
+from vistower.execution.device import Device
 from vistower.golden import replay
 from vistower_export.pictures import SAMPLES
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.backends.base import Array, Backend, Context
 from vistower import VisionEncoder
-from vistower.ort import onnxruntime
-from vistower.providers import SessionOptions
+from vistower.execution.ort import onnxruntime
+from vistower.execution.providers import SessionOptions
 
 
 class Vistower(Backend):

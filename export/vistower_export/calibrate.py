@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vistower.execution.ort import onnxruntime
 from vistower.images import ImageInput
-from vistower.ort import onnxruntime
 from vistower.tolerance import TOLERANCES
 from vistower_export.forms import INT8, ORT
 from vistower_export.graph import write_graph

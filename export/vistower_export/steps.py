@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from vistower.bundle import PROCESSOR_FILE, Bundle, sha256, weight_files
 from vistower.errors import OutputExistsError, UnsupportedArchitectureError
+from vistower.execution.ort import onnxruntime
 from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
 from vistower.images import ImageInput
 from vistower.manifest import (
@@ -37,7 +38,6 @@ from vistower.manifest import (
     Preprocessing,
     Source,
 )
-from vistower.ort import onnxruntime
 from vistower.preprocess import Preprocessor
 from vistower.tokens import TokenLayout
 from vistower.tolerance import TOLERANCES, GraphPrecision

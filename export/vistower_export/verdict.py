@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import Bundle, BundleGraph
-from vistower.cuda_problems import choose_device
-from vistower.device import Device, DeviceLike
 from vistower.encoder import VisionEncoder
 from vistower.errors import BundleUnsupportedError, EmptyInputError
+from vistower.execution.cuda_problems import choose_device
+from vistower.execution.device import Device, DeviceLike
 from vistower.manifest import Parity
-from vistower.precision import RULES
+from vistower.precision import can_run
 from vistower.tolerance import TOLERANCES, Tolerance
 from vistower_export import reference as hf
 from vistower_export.parity import compare, passes
@@ -81,14 +81,15 @@ def judge(
         }
         for graph in graphs:
             if graph.resolution == size:
-                yield _verdict(bundle, graph, reference, on)
+                runs = can_run(on, graph.precision, manifest.graphs[graph.name].domains)
+                yield _verdict(bundle, graph, reference if runs else None, on)
 
 
 def _verdict(
-    bundle: Bundle, graph: BundleGraph, reference: dict[str, Array], on: Device
+    bundle: Bundle, graph: BundleGraph, reference: dict[str, Array] | None, on: Device
 ) -> Verdict:
     tolerance = TOLERANCES[graph.precision]
-    if on.type not in RULES[graph.precision].devices:
+    if reference is None:
         return Verdict(graph, str(on), tolerance, None)
     encoder = VisionEncoder.open(bundle.directory, device=str(on), graph=graph.name)
     tokens = {name: encoder.forward(encoder.preprocess(name)) for name in reference}

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from vistower.batcher import DynamicBatcher
     from vistower.encoder import Embeddings, VisionEncoder
     from vistower.errors import VistowerError
+    from vistower.execution.providers import SessionOptions
     from vistower.mixins import CLIPMixin, DINOv3Mixin
-    from vistower.providers import SessionOptions
     from vistower.stream import StreamResult
 
 __all__ = [
@@ -40,7 +40,7 @@ _MODULES = {
     "DINOv3Mixin": "vistower.mixins",
     "DynamicBatcher": "vistower.batcher",
     "Embeddings": "vistower.encoder",
-    "SessionOptions": "vistower.providers",
+    "SessionOptions": "vistower.execution.providers",
     "StreamResult": "vistower.stream",
     "VisionEncoder": "vistower.encoder",
     "VistowerError": "vistower.errors",

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import cache_directory, find_bundle
-from vistower.cpu import cpu_flags
-from vistower.cuda_machine import (
+from vistower.errors import VistowerError
+from vistower.execution.cpu import cpu_flags
+from vistower.execution.cuda_machine import (
     LOADED_LATER,
     Driver,
     Gpu,
@@ -28,19 +29,18 @@ from vistower.cuda_machine import (
     look_for,
     provider_libraries,
 )
-from vistower.cuda_problems import choose_device, problems
-from vistower.device import CPU, Device, parse_device
-from vistower.errors import VistowerError
-from vistower.golden import replay
-from vistower.ort import (
+from vistower.execution.cuda_problems import choose_device, problems
+from vistower.execution.device import CPU, Device, parse_device
+from vistower.execution.ort import (
     CUDA_PROVIDER,
     OPENVINO_PROVIDER,
     TENSORRT_PROVIDER,
     installed_wheels,
     onnxruntime,
 )
-from vistower.providers import SessionOptions
-from vistower.session import Session
+from vistower.execution.providers import SessionOptions
+from vistower.execution.session import Session
+from vistower.golden import replay
 from vistower.threads import available_cpus
 
 RUNTIME_LIBRARIES = ("vistower", "numpy", "pillow")

@@ -20,20 +20,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vistower.binding import Warmed
 from vistower.bundle import Bundle, BundleGraph, find_bundle
-from vistower.cuda_machine import compute_capability
-from vistower.cuda_problems import DeviceChoice, choose_device
-from vistower.device import Device, DeviceLike, ProviderLike, parse_providers
 from vistower.errors import DeviceError, EmptyInputError, ImageFormatError, OptionError
-from vistower.finite import FiniteGuard
+from vistower.execution.binding import Warmed
+from vistower.execution.cuda_machine import compute_capability
+from vistower.execution.cuda_problems import DeviceChoice, choose_device
+from vistower.execution.device import Device, DeviceLike, ProviderLike, parse_providers
+from vistower.execution.finite import FiniteGuard
+from vistower.execution.providers import SessionOptions
+from vistower.execution.replicas import Replicas
+from vistower.execution.session import Session
 from vistower.images import ImageInput, is_encoded
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
 from vistower.preprocess import Decode, Preprocessor
-from vistower.providers import SessionOptions
-from vistower.replicas import Replicas
-from vistower.session import Session
 from vistower.stream import OnError, Pipeline, StreamOptions, StreamResult, astream, stream
 from vistower.threads import available_cpus, preparing_workers
 from vistower.tokens import TokenLayout
@@ -174,7 +174,7 @@ class VisionEncoder:
         return ",".join(map(str, self.session.devices))
 
     def warmup(self, batch_sizes: Sequence[int] = ()) -> tuple[Warmed, ...]:
-        """Pay first-run costs now, and capture CUDA graphs; see `vistower.session.Session.warmup`.
+        """Pay first-run costs now, and capture CUDA graphs, as `Session.warmup` does.
 
         Args:
             batch_sizes: to run; by default the buckets of the options, else one picture.

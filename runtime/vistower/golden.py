@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import Bundle
-from vistower.cuda_problems import choose_device
-from vistower.device import DeviceLike
 from vistower.encoder import VisionEncoder
 from vistower.errors import BundleUnsupportedError, GoldenMismatchError
-from vistower.precision import RULES
+from vistower.execution.cuda_problems import choose_device
+from vistower.execution.device import DeviceLike
+from vistower.precision import can_run
 from vistower.tolerance import PIXEL_TOLERANCE, TOLERANCES
 
 GOLDEN_DIRECTORY = "golden"
@@ -62,9 +62,7 @@ def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
         yield _compared(f"pixel_values of {name}", have, want, np.ones(len(want)), PIXEL_TOLERANCE)
     on = choose_device(device).device
     for kind, record in manifest.graphs.items():
-        if on.type not in RULES[record.precision].devices:
-            continue
-        if on.standard_operators and set(record.domains) - {""}:
+        if not can_run(on, record.precision, record.domains):
             continue
         encoder = VisionEncoder.open(bundle.directory, device=device, graph=kind)
         allowed = TOLERANCES[record.precision].max_rel

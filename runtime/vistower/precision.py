@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from vistower.device import PROVIDERS, Device
 from vistower.errors import PrecisionError
+from vistower.execution.device import PROVIDERS, Device
 from vistower.tolerance import GraphPrecision
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
@@ -69,6 +69,13 @@ class PrecisionChoice:
     graph: GraphPrecision
     tf32: bool
     reason: str
+
+
+def can_run(device: Device, precision: Precision, domains: Collection[str]) -> bool:
+    """Whether a device takes a graph of this precision, with operators of these domains."""
+    if device.standard_operators and set(domains) - {""}:
+        return False
+    return device.type in RULES[precision].devices
 
 
 def choose_precision(

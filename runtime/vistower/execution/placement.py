@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vistower.device import Device
 from vistower.errors import NodePlacementError
-from vistower.ort import CPU_PROVIDER
+from vistower.execution.device import Device
+from vistower.execution.ort import CPU_PROVIDER
 
 logger = logging.getLogger("vistower")
 

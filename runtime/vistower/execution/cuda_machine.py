@@ -18,9 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from vistower.device import Device
 from vistower.errors import DeviceError, DriverError
-from vistower.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, onnxruntime
+from vistower.execution.device import Device
+from vistower.execution.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, onnxruntime
 
 DRIVER_LIBRARY = "libcuda.so.1"
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vistower.device import Device
 from vistower.errors import NonFiniteError
-from vistower.session import Session
+from vistower.execution.device import Device
+from vistower.execution.session import Session
 
 logger = logging.getLogger("vistower")
 

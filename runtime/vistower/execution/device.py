@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 from vistower.errors import DeviceError
-from vistower.ort import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER, TENSORRT_PROVIDER
+from vistower.execution.ort import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER, TENSORRT_PROVIDER
 
 PROVIDERS: Mapping[str, str] = MappingProxyType(
     {

@@ -12,24 +12,24 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from vistower.binding import BoundRunner, Warmed
-from vistower.cuda_problems import (
+from vistower.errors import BatchMemoryError, DeviceError, InferenceError
+from vistower.execution.binding import BoundRunner, Warmed
+from vistower.execution.cuda_problems import (
     DeviceChoice,
     choose_device,
     essence,
     out_of_memory,
     require_device,
 )
-from vistower.device import Device, DeviceLike, ProviderLike, parse_providers
-from vistower.errors import BatchMemoryError, DeviceError, InferenceError
-from vistower.loading import INPUT, OUTPUT, Loading
-from vistower.memory import CudaMemory, HostMemory, Memory
-from vistower.ort import onnxruntime
+from vistower.execution.device import Device, DeviceLike, ProviderLike, parse_providers
+from vistower.execution.loading import INPUT, OUTPUT, Loading
+from vistower.execution.memory import CudaMemory, HostMemory, Memory
+from vistower.execution.ort import onnxruntime
+from vistower.execution.providers import Providers, SessionOptions
+from vistower.execution.workers import CallingThread, Worker, gpu_worker
 from vistower.output import DeviceArray
-from vistower.providers import Providers, SessionOptions
 from vistower.threads import available_cpus
 from vistower.tokens import TokenLayout
-from vistower.workers import CallingThread, Worker, gpu_worker
 
 logger = logging.getLogger("vistower")
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vistower.binding import Warmed
-from vistower.device import Device
 from vistower.errors import DeviceError
-from vistower.session import Session
+from vistower.execution.binding import Warmed
+from vistower.execution.device import Device
+from vistower.execution.session import Session
 
 
 class Replicas:

@@ -9,16 +9,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
 
-from vistower.cuda_machine import (
-    CUDA_LIBRARY,
-    LOADED_LATER,
-    Library,
-    Problem,
-    driver,
-    look_for,
-    provider_libraries,
-)
-from vistower.device import CPU, Device, DeviceLike, parse_device
 from vistower.errors import (
     CudaLibraryError,
     DeviceError,
@@ -27,7 +17,17 @@ from vistower.errors import (
     NoSuchDeviceError,
     ProviderMissingError,
 )
-from vistower.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, installed_wheels, onnxruntime
+from vistower.execution.cuda_machine import (
+    CUDA_LIBRARY,
+    LOADED_LATER,
+    Library,
+    Problem,
+    driver,
+    look_for,
+    provider_libraries,
+)
+from vistower.execution.device import CPU, Device, DeviceLike, parse_device
+from vistower.execution.ort import CUDA_PROVIDER, TENSORRT_PROVIDER, installed_wheels, onnxruntime
 
 logger = logging.getLogger("vistower")
 

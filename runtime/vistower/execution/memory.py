@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vistower.cuda_machine import load_library, provider_libraries
 from vistower.errors import CudaLibraryError, InferenceError
-from vistower.ort import CUDA_PROVIDER
+from vistower.execution.cuda_machine import load_library, provider_libraries
+from vistower.execution.ort import CUDA_PROVIDER
 
 Direction = Literal["in", "out", "within"]
 """Of a copy: from the host to the device, from the device to the host, inside the device."""

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.errors import InferenceError
-from vistower.memory import Memory
-from vistower.providers import SessionOptions
+from vistower.execution.memory import Memory
+from vistower.execution.providers import SessionOptions
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -44,7 +44,7 @@ def onnxruntime() -> ModuleType:
     module.set_default_logger_severity(LOG_ERRORS_ONLY)
     if CUDA_PROVIDER in module.get_available_providers() and hasattr(module, "preload_dlls"):
         # It prints what it misses to stdout, which is where `vistower doctor --json` writes.
-        # What is missing is found again, by name, in vistower.cuda_problems.
+        # What is missing is found again, by name, in vistower.execution.cuda_problems.
         with contextlib.redirect_stdout(io.StringIO()):
             module.preload_dlls()
     return cast("ModuleType", module)

@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from vistower.binding import Port
-from vistower.cuda_problems import essence, problems, symptom
-from vistower.device import Device
 from vistower.errors import BundleCorruptError, DeviceError, NodePlacementError
-from vistower.openvino import openvino_providers
-from vistower.ort import CPU_PROVIDER, LOG_ERRORS_ONLY, onnxruntime
-from vistower.placement import NodePlacement, can_read_placement, read_placement
-from vistower.providers import (
+from vistower.execution.binding import Port
+from vistower.execution.cuda_problems import essence, problems, symptom
+from vistower.execution.device import Device
+from vistower.execution.openvino import openvino_providers
+from vistower.execution.ort import CPU_PROVIDER, LOG_ERRORS_ONLY, onnxruntime
+from vistower.execution.placement import NodePlacement, can_read_placement, read_placement
+from vistower.execution.providers import (
     Providers,
     SessionOptions,
     device_providers,
     merged,
     session_config,
 )
-from vistower.tensorrt import tensorrt_providers
+from vistower.execution.tensorrt import tensorrt_providers
+from vistower.execution.workers import Worker
 from vistower.tokens import TokenLayout
-from vistower.workers import Worker
 
 INPUT = "pixel_values"
 OUTPUT = "last_hidden_state"

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vistower.bundle import cache_directory, sha256
-from vistower.cuda_machine import Driver, driver, load_library, provider_libraries
-from vistower.device import Device
 from vistower.errors import BundleCorruptError, DeviceError
-from vistower.ort import (
+from vistower.execution.cuda_machine import Driver, driver, load_library, provider_libraries
+from vistower.execution.device import Device
+from vistower.execution.ort import (
     CPU_PROVIDER,
     CUDA_PROVIDER,
     LOG_ERRORS_ONLY,
     TENSORRT_PROVIDER,
     onnxruntime,
 )
-from vistower.providers import Providers, SessionOptions, cuda_options
+from vistower.execution.providers import Providers, SessionOptions, cuda_options
 
 MAX_BATCH = 64
 """Largest batch of an engine where no buckets say another."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from vistower.ort import CPU_PROVIDER, OPENVINO_PROVIDER
-from vistower.providers import Providers
+from vistower.execution.ort import CPU_PROVIDER, OPENVINO_PROVIDER
+from vistower.execution.providers import Providers
 
 
 def openvino_providers(threads: int) -> Providers:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from vistower.cpu import int8_saturates
-from vistower.device import Device
 from vistower.errors import DeviceError
-from vistower.ort import CPU_PROVIDER, CUDA_PROVIDER
+from vistower.execution.cpu import int8_saturates
+from vistower.execution.device import Device
+from vistower.execution.ort import CPU_PROVIDER, CUDA_PROVIDER
 
 Providers: TypeAlias = tuple[tuple[str, dict[str, str]], ...]
 
