@@ -2,8 +2,11 @@
 
     python benchmarks/preprocess.py --output benchmarks/results/preprocess.json
 
-Equality is checked before anything is timed. Ours and the reference take turns in one process,
-one thread each (torch, BLAS and the native resize library); the figures are medians.
+Equality is checked before anything is timed. Ours and the reference run in processes of their own,
+in turn, several rounds, one thread each (torch, BLAS and the native resize library): a process's
+allocations decide whether its large arrays get fresh pages each time, which the reference's time
+depends on by a factor of two. Each round is a median; the ratio is that of the medians of the
+rounds, with the smallest and the largest of any two rounds beside it.
 """
 
 # BLAS reads its environment when NumPy is imported.
@@ -25,8 +28,12 @@ import io
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,37 +100,80 @@ def taking_turns(calls: dict[str, Callable[[], object]], turns: int) -> dict[str
     return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
-def measure(name: str, size: tuple[int, int], turns: int) -> dict[str, Any]:
-    """One processor at one size (width, height)."""
-    class_name, backend, allowed = REFERENCES[name]
-    reference = getattr(transformers, class_name)()
-    ours = Preprocessor.from_config(
-        reference.to_dict(), backend=backend, transparency=transparency(reference)
-    )
-    image = Image.open(SAMPLES[0]).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    array = np.asarray(image)
-    want = reference(images=image, return_tensors="pt")["pixel_values"][0].numpy()
-    difference = float(np.abs(ours(image) - want).max())
-    agree((name, size), difference, allowed)
-    out = np.empty(want.shape, np.float32)
-    calls: dict[str, Callable[[], object]] = {
-        "huggingface": lambda: reference(images=image, return_tensors="pt"),
-        "vistower": lambda: ours(image, out=out),
-        "vistower_from_array": lambda: ours(array, out=out),
-    }
-    times = taking_turns(calls, turns)
-    if native.library() is not None and name == "clip-torchvision":
-        library, native.library = native.library, lambda: None  # type: ignore[assignment]
-        agree((name, size), float(np.abs(ours(image) - want).max()), allowed)
-        times |= taking_turns({"vistower_numpy_alone": lambda: ours(image, out=out)}, turns)
+@dataclass(frozen=True)
+class Case:
+    """One processor at one size (width, height), ours and the reference."""
+
+    name: str
+    size: tuple[int, int]
+
+    def load(self) -> tuple[Any, Preprocessor, Image.Image]:
+        """The reference, ours, and the picture."""
+        class_name, backend, _ = REFERENCES[self.name]
+        reference = getattr(transformers, class_name)()
+        ours = Preprocessor.from_config(
+            reference.to_dict(), backend=backend, transparency=transparency(reference)
+        )
+        image = Image.open(SAMPLES[0]).convert("RGB").resize(self.size, Image.Resampling.BICUBIC)
+        return reference, ours, image
+
+    def check(self) -> float:
+        """Largest difference of the pixels, native and NumPy, which must be allowed."""
+        reference, ours, image = self.load()
+        want = reference(images=image, return_tensors="pt")["pixel_values"][0].numpy()
+        found = [float(np.abs(ours(image) - want).max())]
+        with without_native_library():
+            found.append(float(np.abs(ours(image) - want).max()))
+        agree(self, max(found), REFERENCES[self.name][2])
+        return max(found)
+
+    def times(self, who: str, turns: int) -> dict[str, float]:
+        """Median milliseconds of every way ``who`` has."""
+        reference, ours, image = self.load()
+        if who == "huggingface":
+            return taking_turns({who: lambda: reference(images=image, return_tensors="pt")}, turns)
+        array = np.asarray(image)
+        out = np.empty((3, *ours.output_size), np.float32)
+        times = taking_turns(
+            {
+                "vistower": lambda: ours(image, out=out),
+                "vistower_from_array": lambda: ours(array, out=out),
+            },
+            turns,
+        )
+        if native.library() is not None and self.name == "clip-torchvision":
+            with without_native_library():
+                times |= taking_turns({"vistower_numpy_alone": lambda: ours(image, out=out)}, turns)
+        return times
+
+
+CASES = [Case(name, size) for size in SIZES for name in REFERENCES]
+
+
+@contextmanager
+def without_native_library() -> Iterator[None]:
+    """NumPy alone."""
+    library, native.library = native.library, lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
         native.library = library
+
+
+def in_a_process(who: str, turns: int) -> list[dict[str, float]]:
+    """What `Case.times` gives for every case, from a process of its own."""
+    command = [sys.executable, __file__, "--who", who, "--turns", str(turns)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    times: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return times
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Of the medians, and of the extremes of any two rounds."""
     return {
-        "processor": name,
-        "size": list(size),
-        "max_abs": difference,
-        "ms": times,
-        "ratio": round(times["huggingface"] / times["vistower"], 2),
-        "ratio_from_array": round(times["huggingface"] / times["vistower_from_array"], 2),
+        "median": round(statistics.median(above) / statistics.median(below), 2),
+        "smallest": round(min(above) / max(below), 2),
+        "largest": round(max(above) / min(below), 2),
     }
 
 
@@ -139,11 +189,36 @@ def decoding(size: tuple[int, int], turns: int) -> dict[str, Any]:
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--who", choices=("huggingface", "vistower"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = [measure(name, size, arguments.turns) for size in SIZES for name in REFERENCES]
+    if arguments.who is not None:
+        print(json.dumps([case.times(arguments.who, arguments.turns) for case in CASES]))
+        return
+    if arguments.output is None:
+        parser.error("--output is needed")
+    differences = [case.check() for case in CASES]
+    rounds: list[dict[str, list[float]]] = [{} for _ in CASES]
+    for number in range(arguments.rounds):
+        for who in ("huggingface", "vistower")[:: 1 if number % 2 else -1]:
+            for found, times in zip(rounds, in_a_process(who, arguments.turns), strict=True):
+                for name, value in times.items():
+                    found.setdefault(name, []).append(value)
+    results = [
+        {
+            "processor": case.name,
+            "size": list(case.size),
+            "max_abs": difference,
+            "ms": {name: statistics.median(values) for name, values in found.items()},
+            "rounds_ms": found,
+            "ratio": ratio(found["huggingface"], found["vistower"]),
+            "ratio_from_array": ratio(found["huggingface"], found["vistower_from_array"]),
+        }
+        for case, difference, found in zip(CASES, differences, rounds, strict=True)
+    ]
     for result in results:
         print(result["processor"], result["size"], result["ms"], "ratio", result["ratio"])
     report = {

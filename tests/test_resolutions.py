@@ -91,7 +91,9 @@ def test_the_default_is_the_first_and_the_mixin_follows_it(
     assert mixin.get_features(load_image(str(SAMPLES[0]))).shape == (256, 64)
     # What reads the bundle without vistower sees the size of its portable graph.
     processor = transformers.AutoImageProcessor.from_pretrained(bundle.directory)
-    pixel_values = processor(images=load_image(str(SAMPLES[0])), return_tensors="np").pixel_values
+    pixel_values = processor(
+        images=load_image(str(SAMPLES[0])), return_tensors="pt"
+    ).pixel_values.numpy()
     encoder = VisionEncoder.open(bundle.directory, device="cpu", graph="portable")
     assert encoder.forward(np.asarray(pixel_values)).shape == (1, 261, 64)
 

@@ -87,11 +87,13 @@ def calibrate(
     folded: Sequence[Tower],
     pictures: Sequence[ImageInput],
     label: str,
+    gate: Mapping[str, Array],
 ) -> Calibrated:
     """Choose the int8 form of a tower's products.
 
-    Where pixels are made of uint8 levels, the ``folded`` towers take those: nothing is lost in
-    them.
+    The ``pictures`` decide the ranges. Those and the gate's, given as ``pixel_values`` by name,
+    decide how many products stay in float32. Where pixels are made of uint8 levels, the ``folded``
+    towers take those: nothing is lost in them.
     """
     runs = []
     for index, (view, tower) in enumerate(zip(graphs.views, towers, strict=True)):
@@ -109,7 +111,7 @@ def calibrate(
     tower, even = smoothed[0]
     products = write_graph(tower, ORT).products
     everything = quantize(products, even, keep=FLOAT_PRODUCTS)
-    sample = {str(index): value for index, value in enumerate(runs[0][1])}
+    sample = {str(index): value for index, value in enumerate(runs[0][1])} | dict(gate)
     chosen = _within_tolerance(graphs, tower, products, even, everything, sample)
     return Calibrated(
         towers=tuple(tower for tower, _ in smoothed),

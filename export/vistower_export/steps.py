@@ -177,11 +177,15 @@ def write(
     loaded: Loaded,
     precisions: Sequence[GraphPrecision],
     calibration: tuple[Sequence[ImageInput], str],
+    gate: Mapping[str, Array],
     uint8: bool,
     staging: Path,
     on_step: Callable[[str], None],
 ) -> Graphs:
-    """Write every graph asked for; matrices stream to disk, one in memory at a time."""
+    """Write every graph asked for; matrices stream to disk, one in memory at a time.
+
+    ``gate`` is what the gate will run the default view's graphs on.
+    """
     towers = arrange_views(loaded)
     graphs = Graphs(staging, loaded.views)
     folded = arrange_views(loaded, levels=True)
@@ -193,7 +197,7 @@ def write(
         form = BY_PRECISION[precision]
         if form is INT8:
             on_step("calibrate and quantize to int8")
-            calibrated = calibrate(graphs, towers, folded, *calibration)
+            calibrated = calibrate(graphs, towers, folded, *calibration, gate)
             graphs.write(form, calibrated.towers, calibrated)
             if uint8:
                 graphs.write(form.with_levels(), calibrated.towers, calibrated)
@@ -364,7 +368,8 @@ def export_bundle(
         if calibration:
             label = f"{len(calibration)} pictures given at export, {label}"
         pictures: tuple[ImageInput, ...] = (*calibration, *calibration_pictures())
-        graphs = write(loaded, precisions, (pictures, label), uint8, staging, on_step)
+        seen = referenced[loaded.views[0].size].pixel_values
+        graphs = write(loaded, precisions, (pictures, label), seen, uint8, staging, on_step)
         loaded = replace(loaded, model=None)
         gc.collect()
         on_step("compare the graphs with torch")
