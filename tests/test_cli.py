@@ -13,21 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import run
 from vistower import VisionEncoder
-from vistower.cli import app, main
+from vistower.cli import app
 from vistower_export.pictures import SAMPLES
 
 COMMANDS = ("export", "checkpoint", "embed", "verify", "models", "doctor")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

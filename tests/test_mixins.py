@@ -171,22 +171,6 @@ def test_a_hub_id_finds_its_bundle_in_the_cache(cache: Path, dinov3_bundle: Path
     assert DINOv3Mixin(model_path=hub_id).patch_size == 16
 
 
-@pytest.mark.parametrize(
-    ("name", "resolution"),
-    [
-        ("clip-vit-base-patch32", (224, 32)),
-        ("clip-vit-base-patch16", (224, 16)),
-        ("clip-vit-large-patch14", (224, 14)),
-        ("clip-vit-large-patch14-336", (336, 14)),
-        *((f"dinov3-vit{size}16-pretrain-lvd1689m", (224, 16)) for size in "sbl"),
-        *((f"dinov3-vit{size}16-pretrain-lvd1689m", (224, 16)) for size in ("splus", "hplus")),
-        ("dinov3-vit7b16-pretrain-lvd1689m", (224, 16)),
-    ],
-)
-def test_known_resolutions(name: str, resolution: tuple[int, int]) -> None:
-    assert EMBED_MODEL_RESOLUTION[name] == resolution
-
-
 def test_the_bundles_own_truth_wins(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "dinov3-vits16", DINOV3, patch_size=14)
     bundle = export_bundle(resolve_checkpoint(str(checkpoint)), tmp_path / "bundle")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import run
 from conftest import tiny_checkpoint
 from vistower.bundle import Bundle
-from vistower.cli import main
 from vistower.errors import EmptyInputError
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
@@ -27,16 +27,6 @@ def bundle(dinov3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         precisions=["int8", "bf16"],
         resolutions=[(224, 224), (96, 160)],
     )
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_every_graph_gets_a_verdict(
