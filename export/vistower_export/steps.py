@@ -39,7 +39,6 @@ from vistower.manifest import (
     Source,
 )
 from vistower.preprocess import Preprocessor
-from vistower.tokens import TokenLayout
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
 from vistower_export.calibrate import calibrate
@@ -114,13 +113,7 @@ def load(
                 f"{preprocessor.output_size[1]}, and torch refuses other sizes too. Leave "
                 f"--resolution out."
             )
-        tower = tower_config(config, size)
-        layout = TokenLayout(
-            image_size=size,
-            patch_size=tower.patch_size,
-            num_register_tokens=tower.num_register_tokens,
-            hidden_size=tower.hidden_size,
-        )
+        layout = tower_config(config, size).layout
         at_size = preprocessor if size == preprocessor.output_size else preprocessor.resized(size)
         views.append(View(layout, at_size))
     if views[0].preprocessor is not preprocessor:

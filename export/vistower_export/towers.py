@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vistower.errors import UnsupportedArchitectureError
+from vistower.tokens import TokenLayout
 from vistower.tolerance import GraphPrecision
 
 Activation = Literal["gelu", "quick_gelu", "silu"]
@@ -166,15 +167,24 @@ class TowerConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def layout(self) -> TokenLayout:
+        """Where its tokens lie in ``last_hidden_state``."""
+        return TokenLayout(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_register_tokens=self.num_register_tokens,
+            hidden_size=self.hidden_size,
+        )
+
+    @property
     def num_prefix_tokens(self) -> int:
         """CLS and register tokens that come before the patch tokens."""
-        return 1 + self.num_register_tokens
+        return self.layout.num_prefix_tokens
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patch rows and columns."""
-        height, width = self.image_size
-        return height // self.patch_size, width // self.patch_size
+        return self.layout.grid
 
 
 def _square(value: Any, name: str) -> tuple[int, int]:
