@@ -42,9 +42,9 @@ import torch
 import transformers
 from PIL import Image
 
-from vistower import native
 from vistower.doctor import diagnose
-from vistower.preprocess import Preprocessor
+from vistower.preprocess import native
+from vistower.preprocess.processor import Preprocessor
 from vistower_export.pictures import SAMPLES
 from vistower_export.reference import transparency
 

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_utils import load_image
 
-from vistower import native
 from vistower.errors import (
     ImageDecodeError,
     ImageFormatError,
     OptionError,
     ProcessorConfigError,
 )
-from vistower.images import open_image
-from vistower.preprocess import Preprocessor
+from vistower.preprocess import native
+from vistower.preprocess.images import open_image
+from vistower.preprocess.processor import Preprocessor
 from vistower_export.pictures import SAMPLES
 from vistower_export.reference import transparency
 from vistower_export.towers import CLIP, DINOV3

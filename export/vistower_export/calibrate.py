@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.execution.ort import onnxruntime
-from vistower.images import ImageInput
+from vistower.preprocess.images import ImageInput
 from vistower.tolerance import TOLERANCES
 from vistower_export.forms import INT8, ORT
 from vistower_export.graph import write_graph

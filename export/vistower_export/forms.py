@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vistower.preprocess import Pixels
+from vistower.preprocess.processor import Pixels
 from vistower.tolerance import GraphPrecision
 
 Dialect = Literal["portable", "ort"]

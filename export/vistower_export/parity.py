@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vistower.bundle.manifest import Parity, TokenParity
 from vistower.errors import ParityError
-from vistower.manifest import Parity, TokenParity
 from vistower.tokens import TokenLayout
 from vistower.tolerance import PIXEL_TOLERANCE, Tolerance
 

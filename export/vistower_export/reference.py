@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from vistower.errors import CheckpointError, UnsupportedArchitectureError
-from vistower.preprocess import Transparency
+from vistower.preprocess.processor import Transparency
 from vistower_export.towers import TowerFamily, family_of
 
 Array = npt.NDArray[np.float32]

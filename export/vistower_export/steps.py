@@ -25,11 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import PROCESSOR_FILE, Bundle, sha256, weight_files
-from vistower.errors import OutputExistsError, UnsupportedArchitectureError
-from vistower.execution.ort import onnxruntime
-from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
-from vistower.images import ImageInput
-from vistower.manifest import (
+from vistower.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     FileRecord,
@@ -38,7 +34,11 @@ from vistower.manifest import (
     Preprocessing,
     Source,
 )
-from vistower.preprocess import Preprocessor
+from vistower.errors import OutputExistsError, UnsupportedArchitectureError
+from vistower.execution.ort import onnxruntime
+from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
+from vistower.preprocess.images import ImageInput
+from vistower.preprocess.processor import Preprocessor
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
 from vistower_export.calibrate import calibrate

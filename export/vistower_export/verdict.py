@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import Bundle, BundleGraph
+from vistower.bundle.manifest import Parity
 from vistower.encoder import VisionEncoder
 from vistower.errors import BundleUnsupportedError, EmptyInputError
 from vistower.execution.cuda_problems import choose_device
 from vistower.execution.device import Device, DeviceLike
-from vistower.manifest import Parity
 from vistower.precision import can_run
 from vistower.tolerance import TOLERANCES, Tolerance
 from vistower_export import reference as hf

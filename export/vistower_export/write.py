@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.execution.session import Session
-from vistower.preprocess import Preprocessor
+from vistower.preprocess.processor import Preprocessor
 from vistower.tokens import TokenLayout
 from vistower_export.forms import HALVES, ORT, GraphForm
 from vistower_export.graph import WrittenGraph, write_graph

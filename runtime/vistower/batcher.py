@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vistower.encoder import Embeddings, VisionEncoder
 from vistower.errors import ClosedError, InferenceError, OptionError
-from vistower.images import ImageInput, detached
+from vistower.preprocess.images import ImageInput, detached
 
 Array = npt.NDArray[np.float32]
 

@@ -30,10 +30,10 @@ from vistower.execution.finite import FiniteGuard
 from vistower.execution.providers import SessionOptions
 from vistower.execution.replicas import Replicas
 from vistower.execution.session import Session
-from vistower.images import ImageInput, is_encoded
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
-from vistower.preprocess import Decode, Preprocessor
+from vistower.preprocess.images import ImageInput, is_encoded
+from vistower.preprocess.processor import Decode, Preprocessor
 from vistower.stream import OnError, Pipeline, StreamOptions, StreamResult, astream, stream
 from vistower.threads import available_cpus, preparing_workers
 from vistower.tokens import TokenLayout
@@ -115,7 +115,7 @@ class VisionEncoder:
             threads: CPU threads inside one run; None for all this process may use.
             options: how to use the device: memory, batch buckets, CUDA graphs and more.
             decode: ``draft`` decodes large JPEGs scaled down: faster, and only nearly the same
-                pixels; see `vistower.preprocess.Preprocessor`.
+                pixels; see `vistower.preprocess.processor.Preprocessor`.
 
         Raises:
             BundleNotFoundError, BundleCorruptError, BundleUnsupportedError: see `find_bundle`.

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from vistower.cache import FeatureCache
 from vistower.encoder import VisionEncoder
 from vistower.errors import MaskError, MissingModelPathError
-from vistower.images import ImageInput
 from vistower.output import to_output
-from vistower.preprocess import Preprocessor
+from vistower.preprocess.images import ImageInput
+from vistower.preprocess.processor import Preprocessor
 
 PRECISION_SETTING = "VISTOWER_PRECISION"
 """Environment variable with the precision of the mixins, for consumers that stay unchanged."""

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.errors import ImageError, OptionError
-from vistower.images import ImageInput, detached
+from vistower.preprocess.images import ImageInput, detached
 from vistower.tokens import TokenLayout
 
 Array = npt.NDArray[np.float32]

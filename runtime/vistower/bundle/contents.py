@@ -1,4 +1,4 @@
-"""The artifact on disk: what a bundle holds, whether it is whole, and where bundles are found.
+"""The artifact on disk: what a bundle holds and whether it is whole.
 
 A bundle is a directory with ``config.json``, ``preprocessor_config.json``, ONNX graphs and, when
 vistower's exporter wrote it, ``vistower.json``. Without the last (``optimum-cli export onnx``,
@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vistower.backbones import BACKBONES
+from vistower.bundle.manifest import MANIFEST_FILE, Manifest
 from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
-from vistower.manifest import MANIFEST_FILE, Manifest
-from vistower.preprocess import Pixels, Preprocessor
+from vistower.preprocess.processor import Pixels, Preprocessor
 from vistower.tokens import TokenLayout
 from vistower.tolerance import GraphPrecision
 
@@ -27,8 +27,6 @@ CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 PLAIN_GRAPHS = ("onnx/model.onnx", "model.onnx")
 """Where a bundle without ``vistower.json`` keeps its graph: hub repositories, then optimum-cli."""
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 _HASH_AT_OPEN = 1 << 20
 """Files up to this many bytes are hashed when a bundle is opened; larger ones only compared in
@@ -60,8 +58,8 @@ class Bundle:
             bundle = cls(path, Manifest.read(path / MANIFEST_FILE))
             bundle.check(hash_up_to=_HASH_AT_OPEN)
             return bundle
-        if _plain_graph(path) is None:
-            raise BundleNotFoundError(_nothing_here(path))
+        if plain_graph(path) is None:
+            raise BundleNotFoundError(nothing_here(path))
         for name in (CONFIG_FILE, PROCESSOR_FILE):
             if not (path / name).is_file():
                 raise BundleCorruptError(
@@ -222,7 +220,7 @@ class Bundle:
     @cached_property
     def _graphs(self) -> dict[str, BundleGraph]:
         if self.manifest is None:
-            plain = _plain_graph(self.directory)
+            plain = plain_graph(self.directory)
             assert plain is not None  # noqa: S101  (load() found it)
             size = self.layout.image_size
             return {"portable": BundleGraph("portable", plain, "fp32", size, "float32", True)}
@@ -265,125 +263,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_directory() -> Path:
-    """Where bundles are kept by id: ``VISTOWER_CACHE``, else ``vistower`` under the HF cache.
-
-    The HF cache is ``HF_HOME``, else ``$XDG_CACHE_HOME/huggingface``, else
-    ``~/.cache/huggingface``.
-    """
-    if explicit := os.environ.get("VISTOWER_CACHE"):
-        return Path(explicit).expanduser()
-    if hf_home := os.environ.get("HF_HOME"):
-        return Path(hf_home).expanduser() / "vistower"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "vistower"
-
-
-def cache_path(model: str, revision: str | None = None) -> Path:
-    """The cache directory's place for the bundle of a hub id or of a local checkpoint directory.
-
-    A hub id may carry its revision, ``owner/name@revision``. A directory's place depends on its
-    absolute path, so that two checkpoints of one name do not collide.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        absolute = path.resolve()
-        digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
-        return cache_directory() / f"local--{absolute.name}--{digest}"
-    if revision is not None:
-        model = f"{model}@{revision}"
-    return cache_directory() / model.strip("/").replace("/", "--")
-
-
-def weight_files(directory: Path) -> dict[str, tuple[int, int]]:
-    """The weight files of a checkpoint directory → (size in bytes, modification time in ns)."""
-    return {
-        file.name: (file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(directory.iterdir())
-        if file.suffix in WEIGHT_SUFFIXES and file.is_file()
-    }
-
-
-def find_bundle(model: str | os.PathLike[str]) -> Bundle:
-    """Find the bundle of a model: its directory, or the cache's entry for a checkpoint or hub id.
-
-    Nothing is downloaded or exported.
-
-    Raises:
-        BundleNotFoundError: there is none; the message holds the export command.
-        BundleCorruptError: it was exported from an earlier state of the checkpoint directory, or
-            it is damaged.
-    """
-    text = os.fspath(model)
-    path = Path(text).expanduser()
-    if not path.is_dir():
-        if path.is_absolute() or text.startswith((".", "~")) or path.exists():
-            raise BundleNotFoundError(
-                f"There is no directory {path}. Give a bundle's directory, or a hub id whose "
-                f"bundle is in the cache {cache_directory()}."
-            )
-        return _cached_hub_bundle(text)
-    if (path / MANIFEST_FILE).is_file() or _plain_graph(path) is not None:
-        return Bundle.load(path)
-    if not (path / CONFIG_FILE).is_file():
-        raise BundleNotFoundError(_nothing_here(path))
-    return _cached_checkpoint_bundle(path)
-
-
-def _cached_hub_bundle(model: str) -> Bundle:
-    hub_id = model.strip("/")
-    name, _, revision = hub_id.partition("@")
-    backbone = BACKBONES.get(name)
-    if backbone is not None:
-        name = backbone.hub_id
-    place = cache_path(name, revision or None)
-    if not place.is_dir():
-        command = f"vistower export {name}" + (f" --revision {revision}" if revision else "")
-        raise BundleNotFoundError(
-            f"There is no bundle of {hub_id!r} in the cache {cache_directory()}. Make it, where "
-            f"torch is installed, with: {command}"
-        )
-    return Bundle.load(place)
-
-
-def _cached_checkpoint_bundle(path: Path) -> Bundle:
-    place = cache_path(str(path))
-    command = f"vistower export {path}"
-    if not place.is_dir():
-        raise BundleNotFoundError(
-            f"{path} is a checkpoint, and the cache {cache_directory()} has no bundle of it. "
-            f"Make it, where torch is installed, with: {command}"
-        )
-    bundle = Bundle.load(place)
-    if bundle.manifest is not None and dict(bundle.manifest.source.files) != weight_files(path):
-        raise BundleCorruptError(
-            f"The weights in {path} changed after the bundle {place} was made from them. Make it "
-            f"again with: {command} --overwrite"
-        )
-    return bundle
-
-
-def cached_bundles() -> Iterator[tuple[Path, Bundle | BundleCorruptError | BundleUnsupportedError]]:
-    """Every entry of the cache directory, sorted, with its bundle or what is wrong with it."""
-    root = cache_directory()
-    if not root.is_dir():
-        return
-    for path in sorted(root.iterdir()):
-        if not path.is_dir() or path.name.startswith("."):
-            continue
-        try:
-            yield path, Bundle.load(path)
-        except (BundleCorruptError, BundleUnsupportedError) as error:
-            yield path, error
-        except BundleNotFoundError:
-            continue
-
-
-def _plain_graph(directory: Path) -> Path | None:
+def plain_graph(directory: Path) -> Path | None:
+    """The graph of a bundle without a manifest, if the directory has one."""
     return next((directory / name for name in PLAIN_GRAPHS if (directory / name).is_file()), None)
 
 
-def _nothing_here(path: Path) -> str:
+def nothing_here(path: Path) -> str:
+    """What to say of a directory that holds no bundle."""
     files = sorted(entry.name for entry in path.iterdir())[:8]
     found = ", ".join(files) if files else "nothing"
     return (

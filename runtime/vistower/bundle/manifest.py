@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vistower.errors import BundleCorruptError, BundleUnsupportedError
-from vistower.preprocess import Pixels, Transparency
+from vistower.preprocess.processor import Pixels, Transparency
 from vistower.tokens import TokenLayout
 from vistower.tolerance import TOLERANCES, GraphPrecision
 
@@ -41,8 +41,9 @@ class Source:
 class Preprocessing:
     """The Hugging Face processor that ``pixel_values`` agree with.
 
-    ``transparency`` is what becomes of an alpha channel, see `vistower.preprocess.Preprocessor`;
-    ``max_abs`` the largest difference on normalized pixels the parity gate measured.
+    ``transparency`` is what becomes of an alpha channel, see
+    `vistower.preprocess.processor.Preprocessor`; ``max_abs`` the largest difference on normalized
+    pixels the parity gate measured.
     """
 
     processor: str

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vistower import native
 from vistower.errors import ImageFormatError, OptionError, ProcessorConfigError
-from vistower.images import (
+from vistower.preprocess import native
+from vistower.preprocess.images import (
     ImageInput,
     checked_array,
     is_encoded,
@@ -27,7 +27,7 @@ from vistower.images import (
     open_image,
     pixel_view,
 )
-from vistower.resize import Filter, nearest, resize, resize_float
+from vistower.preprocess.resize import Filter, nearest, resize, resize_float
 
 Backend = Literal["torchvision", "pil"]
 Transparency = Literal["white", "dropped"]
@@ -219,7 +219,7 @@ class Preprocessor:
         Args:
             image: a PIL image of any mode the processor takes (its EXIF orientation is not
                 applied: the processor does not either), an array H x W x 3 of uint8, or what
-                `vistower.images.open_image` opens: a path, bytes or a binary file object.
+                `vistower.preprocess.images.open_image` opens: a path, bytes, a binary file object.
             out: (3, H, W) float32; uint8 of a processor that gives levels.
 
         Raises:

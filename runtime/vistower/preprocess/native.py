@@ -1,10 +1,10 @@
 """torchvision's uint8 resize through the ``cykooz_resizer`` wheel, where that is installed.
 
 The library (fast_image_resize, after Pillow-SIMD as ATen's kernel is) computes an axis with the
-very integers of `vistower.resize`: weights x 2**p rounded to int16, sums in int32, a shift that
-rounds, a clamp to 0..255. Only its order differs, so each axis is a call of its own, horizontally
-first. It reads Pillow's images in place, releases the GIL, and needs AVX2, SSE4.1 or NEON to be
-fast. tests/test_preprocess.py proves the equality; without the wheel NumPy computes the same.
+very integers of `vistower.preprocess.resize`: weights x 2**p rounded to int16, sums in int32, a
+shift that rounds, a clamp to 0..255. Only its order differs, so each axis is a call of its own,
+horizontally first. It reads Pillow's images in place, releases the GIL, and needs AVX2, SSE4.1 or
+NEON to be fast. tests/test_preprocess.py proves the equality; without it NumPy does the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vistower.resize import Filter
+from vistower.preprocess.resize import Filter
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,7 +46,7 @@ def library() -> ModuleType | None:
 def can_resize(
     shape: tuple[int, ...], size: tuple[int, int], window: tuple[int, int, int, int]
 ) -> bool:
-    """Whether `resize` equals `vistower.resize.resize` for an RGB image, and is worth calling.
+    """Whether `resize` equals NumPy's for an RGB image, and is worth calling.
 
     ``shape`` is its (height, width), ``size`` that of the whole result, ``window`` top, left,
     bottom, right of the part wanted.

@@ -1,0 +1,129 @@
+"""Where bundles are found: a directory of their own, or the cache, by hub id or checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vistower.backbones import BACKBONES
+from vistower.bundle.contents import CONFIG_FILE, Bundle, nothing_here, plain_graph
+from vistower.bundle.manifest import MANIFEST_FILE
+from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+def cache_directory() -> Path:
+    """Where bundles are kept by id: ``VISTOWER_CACHE``, else ``vistower`` under the HF cache.
+
+    The HF cache is ``HF_HOME``, else ``$XDG_CACHE_HOME/huggingface``, else
+    ``~/.cache/huggingface``.
+    """
+    if explicit := os.environ.get("VISTOWER_CACHE"):
+        return Path(explicit).expanduser()
+    if hf_home := os.environ.get("HF_HOME"):
+        return Path(hf_home).expanduser() / "vistower"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "huggingface" / "vistower"
+
+
+def cache_path(model: str, revision: str | None = None) -> Path:
+    """The cache directory's place for the bundle of a hub id or of a local checkpoint directory.
+
+    A hub id may carry its revision, ``owner/name@revision``. A directory's place depends on its
+    absolute path, so that two checkpoints of one name do not collide.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        absolute = path.resolve()
+        digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
+        return cache_directory() / f"local--{absolute.name}--{digest}"
+    if revision is not None:
+        model = f"{model}@{revision}"
+    return cache_directory() / model.strip("/").replace("/", "--")
+
+
+def weight_files(directory: Path) -> dict[str, tuple[int, int]]:
+    """The weight files of a checkpoint directory → (size in bytes, modification time in ns)."""
+    return {
+        file.name: (file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(directory.iterdir())
+        if file.suffix in WEIGHT_SUFFIXES and file.is_file()
+    }
+
+
+def find_bundle(model: str | os.PathLike[str]) -> Bundle:
+    """Find the bundle of a model: its directory, or the cache's entry for a checkpoint or hub id.
+
+    Nothing is downloaded or exported.
+
+    Raises:
+        BundleNotFoundError: there is none; the message holds the export command.
+        BundleCorruptError: it was exported from an earlier state of the checkpoint directory, or
+            it is damaged.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        if path.is_absolute() or text.startswith((".", "~")) or path.exists():
+            raise BundleNotFoundError(
+                f"There is no directory {path}. Give a bundle's directory, or a hub id whose "
+                f"bundle is in the cache {cache_directory()}."
+            )
+        return _cached_hub_bundle(text)
+    if (path / MANIFEST_FILE).is_file() or plain_graph(path) is not None:
+        return Bundle.load(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise BundleNotFoundError(nothing_here(path))
+    return _cached_checkpoint_bundle(path)
+
+
+def _cached_hub_bundle(model: str) -> Bundle:
+    hub_id = model.strip("/")
+    name, _, revision = hub_id.partition("@")
+    backbone = BACKBONES.get(name)
+    if backbone is not None:
+        name = backbone.hub_id
+    place = cache_path(name, revision or None)
+    if not place.is_dir():
+        command = f"vistower export {name}" + (f" --revision {revision}" if revision else "")
+        raise BundleNotFoundError(
+            f"There is no bundle of {hub_id!r} in the cache {cache_directory()}. Make it, where "
+            f"torch is installed, with: {command}"
+        )
+    return Bundle.load(place)
+
+
+def _cached_checkpoint_bundle(path: Path) -> Bundle:
+    place = cache_path(str(path))
+    command = f"vistower export {path}"
+    if not place.is_dir():
+        raise BundleNotFoundError(
+            f"{path} is a checkpoint, and the cache {cache_directory()} has no bundle of it. "
+            f"Make it, where torch is installed, with: {command}"
+        )
+    bundle = Bundle.load(place)
+    if bundle.manifest is not None and dict(bundle.manifest.source.files) != weight_files(path):
+        raise BundleCorruptError(
+            f"The weights in {path} changed after the bundle {place} was made from them. Make it "
+            f"again with: {command} --overwrite"
+        )
+    return bundle
+
+
+def cached_bundles() -> Iterator[tuple[Path, Bundle | BundleCorruptError | BundleUnsupportedError]]:
+    """Every entry of the cache directory, sorted, with its bundle or what is wrong with it."""
+    root = cache_directory()
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        try:
+            yield path, Bundle.load(path)
+        except (BundleCorruptError, BundleUnsupportedError) as error:
+            yield path, error
+        except BundleNotFoundError:
+            continue
