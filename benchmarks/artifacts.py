@@ -76,16 +76,12 @@ def write_reference(root: Path, model: Model, files: Sequence[Path]) -> None:
     from vistower_export import reference as hf
 
     checkpoint = root / "checkpoints" / model.name
-    family, tower = hf.load_model(checkpoint)
-    processor = hf.load_processor(checkpoint, family, "torchvision")
+    _, tower = hf.load_model(checkpoint)
+    processor = hf.load_processor(checkpoint, "torchvision")
     images = [Image.open(file).convert("RGB") for file in files]
 
     def state(backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loaded = (
-            processor
-            if backend == "torchvision"
-            else hf.load_processor(checkpoint, family, backend)
-        )
+        loaded = processor if backend == "torchvision" else hf.load_processor(checkpoint, backend)
         values = loaded(images=images, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             output = tower(pixel_values=values)

@@ -121,8 +121,8 @@ def huggingface(bundles: Bundles, files: list[Path]) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     report = {}
     for name, (_, checkpoint) in bundles.items():
-        family, model = load_model(checkpoint)
-        processor = load_processor(checkpoint, family, "torchvision")
+        _, model = load_model(checkpoint)
+        processor = load_processor(checkpoint, "torchvision")
 
         def embed(model: Any = model, processor: Any = processor) -> int:
             for start in range(0, len(files), BATCH):

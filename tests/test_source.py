@@ -241,6 +241,24 @@ def test_a_repository_without_safetensors_gives_its_bin(hub: HubServer, user: Us
     assert "flax_model.msgpack" not in hub.downloaded()
 
 
+def test_every_file_that_says_which_processor_is_downloaded(hub: HubServer, user: User) -> None:
+    """transformers 5 takes the nested one, 4.57 the old one; offline as online."""
+    nested = b'{"image_processor": {"image_processor_type": "BitImageProcessor"}}'
+    hub.repos[TOWER] = Repo.of({**FILES, "processor_config.json": nested, "vocab.json": b"{}"})
+    expected = {*CONFIGS, "processor_config.json", "model.safetensors"}
+    assert names(user.succeed(TOWER)) == expected
+    assert sorted(hub.downloaded()) == sorted(expected)
+    assert names(user.succeed(TOWER, offline=True)) == expected
+
+    only = {name: FILES[name] for name in FILES if name != "preprocessor_config.json"}
+    hub.repos["someone/composite"] = Repo.of({**only, "processor_config.json": nested})
+    expected = {"config.json", "processor_config.json", "model.safetensors"}
+    assert names(user.succeed("someone/composite")) == expected
+    hub.requests.clear()
+    assert names(user.succeed("someone/composite", offline=True)) == expected
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "weights"])
 def test_a_repository_that_lacks_a_file_is_told_which(
     hub: HubServer, user: User, missing: str
@@ -432,11 +450,28 @@ def test_a_random_weight_label_is_seen(directory: Path) -> None:
     assert resolve_checkpoint(str(directory)).random_weight
 
 
-@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json"])
-def test_a_local_directory_that_lacks_a_config_is_told_which(directory: Path, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("config.json", "config.json"),
+        ("preprocessor_config.json", "preprocessor_config.json and no processor_config.json"),
+    ],
+)
+def test_a_local_directory_that_lacks_a_config_is_told_which(
+    directory: Path, missing: str, told: str
+) -> None:
     (directory / missing).unlink()
-    with pytest.raises(errors.CheckpointError, match=rf"has no {missing}.*model\.safetensors"):
+    with pytest.raises(errors.CheckpointError, match=rf"has no {told}.*model\.safetensors"):
         resolve_checkpoint(str(directory))
+
+
+def test_a_damaged_processor_config_is_named(directory: Path) -> None:
+    (directory / "processor_config.json").write_text("{")
+    with pytest.raises(errors.CheckpointError, match=r"/processor_config\.json' is not valid JSON"):
+        resolve_checkpoint(str(directory))
+    (directory / "preprocessor_config.json").unlink()
+    (directory / "processor_config.json").write_text("{}")
+    assert resolve_checkpoint(str(directory)).directory == directory
 
 
 def test_a_local_directory_without_weights_is_told_so(directory: Path) -> None:

@@ -19,7 +19,7 @@ class _TorchFeatures:
 
         path = kwargs["model_path"]
         self.device = kwargs.get("device", "cpu")
-        self.processor = load_processor(path, self.family, "torchvision")
+        self.processor = load_processor(path, "torchvision")
         model_class = getattr(transformers, self.family.hf_class)
         size = self.processor.crop_size if self.family is CLIP else self.processor.size
         self.img_input_size = self.input_image_size = size["height"]

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
 from PIL import Image
+from transformers import AutoImageProcessor, ImageProcessingMixin
 from transformers.image_utils import load_image
 
-from vistower.errors import CheckpointError, UnsupportedArchitectureError
-from vistower.preprocess.processor import Transparency
+from vistower.errors import (
+    CheckpointError,
+    OptionError,
+    ProcessorConfigError,
+    UnsupportedArchitectureError,
+)
+from vistower.preprocess.processor import Backend, Transparency
+from vistower_export.source import PROCESSOR_CONFIGS
 from vistower_export.towers import TowerFamily, family_of
 
 Array = npt.NDArray[np.float32]
+
+_NAMES_BACKENDS = importlib.util.find_spec("transformers.image_processing_backends") is not None
+"""Whether this transformers calls the choice ``backend``, and not ``use_fast``."""
 
 
 @dataclass(frozen=True)
@@ -81,32 +92,128 @@ def load_model(directory: Path) -> tuple[TowerFamily, Any]:
     return family, model.eval().requires_grad_(False)
 
 
-def load_processor(directory: Path, family: TowerFamily, backend: str) -> Any:
-    """Load the Hugging Face image processor of a backend, ``torchvision`` or ``pil``.
+def load_processor(directory: Path, backend: str | None = None) -> Any:
+    """Load the image processor that transformers' ``AutoImageProcessor`` gives for a checkpoint.
+
+    transformers reads the files itself: which of ``processor_config.json``,
+    ``preprocessor_config.json`` and ``config.json`` decides differs between its majors. Code of
+    the checkpoint's own is never run.
+
+    Args:
+        directory: the checkpoint.
+        backend: the one to ask for; None leaves the choice to transformers. 5 takes torchvision,
+            4.57 PIL unless the class named in the file ends in ``Fast``.
 
     Raises:
-        UnsupportedArchitectureError: the family has no such backend.
+        OptionError: there is no such backend.
+        CheckpointError: transformers finds no image processor there, or cannot load it.
+        ProcessorConfigError: it is the checkpoint's own code, or has no such backend.
     """
-    names = family.processors.get(backend)
-    if names is None:
-        raise UnsupportedArchitectureError(
-            f"{family.hf_class} has no processor backend {backend!r}; it has "
-            f"{', '.join(family.processors)}."
+    if backend not in (None, *get_args(Backend)):
+        raise OptionError(
+            f"Processor backend {backend!r} is not known. Use {' or '.join(get_args(Backend))}."
         )
-    name = names.v5 if int(transformers.__version__.split(".")[0]) >= 5 else names.v4
-    return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
+    asked: dict[str, Any] = {}
+    if backend is not None:
+        asked = {"backend": backend} if _NAMES_BACKENDS else {"use_fast": backend == "torchvision"}
+    try:
+        _refuse_own_code(directory, _processor_section(directory))
+        processor = AutoImageProcessor.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **asked
+        )
+    except ProcessorConfigError:
+        raise
+    # A config that is no config raises whatever it happens to run into.
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load an image processor from "
+            f"{directory}: {error} If another major of transformers wrote it, install that one, or "
+            f"name the backend with --processor-backend."
+        ) from error
+    if not isinstance(processor, ImageProcessingMixin):
+        raise ProcessorConfigError(
+            f"{directory} names {type(processor).__name__}, which is no image processor."
+        )
+    if backend is not None and processor_backend(processor) != backend:
+        raise ProcessorConfigError(
+            f"{type(processor).__name__} has no backend {backend!r} in transformers "
+            f"{transformers.__version__}; it has {processor_backend(processor)}."
+        )
+    return processor
+
+
+def _processor_section(directory: Path) -> dict[str, Any]:
+    """The options of the image processor, as transformers finds them."""
+    section: dict[str, Any]
+    section, _ = ImageProcessingMixin.get_image_processor_dict(directory, local_files_only=True)
+    return section
+
+
+def _refuse_own_code(directory: Path, section: Mapping[str, Any]) -> None:
+    places = [section]
+    if "image_processor_type" not in section:
+        # Only then does transformers look further.
+        places.append(read_config(directory))
+    for place in places:
+        code = place.get("auto_map") or {}
+        for name in ("AutoImageProcessor", "AutoFeatureExtractor"):
+            if name in code:
+                raise ProcessorConfigError(
+                    f"{directory} brings its own image processor, {code[name]!r} (auto_map, for "
+                    f"trust_remote_code). Its code is not run, and so cannot be agreed with. If "
+                    f"a processor of transformers gives the same pixels, name that one in a copy "
+                    f"of the checkpoint, without auto_map."
+                )
+
+
+def processor_file(directory: Path) -> str:
+    """Name of the file in a checkpoint that transformers takes the image processor from."""
+    section = _processor_section(directory)
+    for name in PROCESSOR_CONFIGS:
+        path = directory / name
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if section in (content, content.get("image_processor")):
+                return name
+    return "config.json"
+
+
+def processor_backend(processor: Any) -> Backend:
+    """What an image processor resizes with."""
+    named = getattr(processor, "backend", None)
+    if named is not None:
+        return "torchvision" if named == "torchvision" else "pil"
+    return "torchvision" if processor.is_fast else "pil"
+
+
+def processor_config(processor: Any) -> dict[str, Any]:
+    """What an image processor saves as ``preprocessor_config.json``.
+
+    Its class by the name that both majors of transformers know, with the ending that 4.57 tells
+    the backends apart by: ``Fast`` is torchvision's. (5 calls the PIL one ``...Pil``, a name 4.57
+    does not know.)
+    """
+    config: dict[str, Any] = json.loads(processor.to_json_string())
+    name = type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    ending = "Fast" if processor_backend(processor) == "torchvision" else ""
+    return config | {"image_processor_type": name + ending}
 
 
 def transparency(processor: Any) -> Transparency:
-    """Whether the processor blends an alpha channel onto white, found by trying.
+    """Whether a processor blends an alpha channel onto white, found by trying.
 
     transformers 4.57 drops alpha, 5 blends; a processor that does not convert to RGB has neither.
     """
-    if not processor.do_convert_rgb:
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    white = Image.new("RGB", (8, 8), (255, 255, 255))
+    try:
+        seen = processor(images=clear, return_tensors="pt")["pixel_values"]
+        blended = processor(images=white, return_tensors="pt")["pixel_values"]
+        return "white" if torch.equal(seen, blended) else "dropped"
+    # Whatever a processor raises of a picture it does not take.
+    except Exception:
         return "dropped"
-    clear = processor(images=Image.new("RGBA", (8, 8), (0, 0, 0, 0)), return_tensors="pt")
-    white = processor(images=Image.new("RGB", (8, 8), (255, 255, 255)), return_tensors="pt")
-    return "white" if torch.equal(clear["pixel_values"], white["pixel_values"]) else "dropped"
 
 
 def compute(
@@ -115,11 +222,20 @@ def compute(
     """Run the reference on picture files, one at a time.
 
     ``size`` is the (height, width) in pixels to resize to; None for the processor's own.
+
+    Raises:
+        CheckpointError: the processor fails on a picture.
     """
     options = {} if size is None else {"size": {"height": size[0], "width": size[1]}}
     pixel_values, states = {}, {}
     for path in pictures:
-        inputs = processor(images=load_image(str(path)), return_tensors="pt", **options)
+        try:
+            inputs = processor(images=load_image(str(path)), return_tensors="pt", **options)
+        # An option that makes no sense fails wherever it is used first.
+        except Exception as error:
+            raise CheckpointError(
+                f"transformers' {type(processor).__name__} fails on {path.name}: {error}"
+            ) from error
         with torch.inference_mode():
             output = model(pixel_values=inputs["pixel_values"])
         pixel_values[path.name] = inputs["pixel_values"].numpy()

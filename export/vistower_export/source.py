@@ -39,7 +39,10 @@ from vistower.errors import (
 from vistower_export.checkpoint import is_random_weight
 
 CONFIG = "config.json"
-PROCESSOR_CONFIG = "preprocessor_config.json"
+PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
+"""Files transformers reads an image processor from. Which one counts is its own affair: 5 takes an
+``image_processor`` section of the second first, 4.57 the first file first."""
+_NO_PROCESSOR = " and no ".join(PROCESSOR_CONFIGS)
 # In order of preference; an index names the shards it stands for.
 WEIGHTS = (
     "model.safetensors",
@@ -68,7 +71,7 @@ class Checkpoint:
     """A complete checkpoint on disk and where it came from.
 
     Attributes:
-        directory: holds ``config.json``, ``preprocessor_config.json`` and the weights.
+        directory: holds ``config.json``, one of `PROCESSOR_CONFIGS` or both, and the weights.
         source: the hub id, or the local directory's absolute path.
         name: last component of ``source``, e.g. ``clip-vit-base-patch32``.
         revision: the resolved commit sha of a hub id; None for a local directory.
@@ -92,10 +95,10 @@ def resolve_checkpoint(
 ) -> Checkpoint:
     """Find a checkpoint, download what is missing of it, and check that it is complete.
 
-    Of a hub repository only the two configs and one set of weights are downloaded: safetensors,
-    or ``pytorch_model*.bin`` where there are none. Files already in the cache are not fetched
-    again. A hub that cannot be reached is an error even if the cache could serve: only
-    ``offline`` accepts a revision that may be out of date.
+    Of a hub repository only the configs that transformers reads and one set of weights are
+    downloaded: safetensors, or ``pytorch_model*.bin`` where there are none. Files already in the
+    cache are not fetched again. A hub that cannot be reached is an error even if the cache could
+    serve: only ``offline`` accepts a revision that may be out of date.
 
     Args:
         model: a checkpoint directory, a hub id ``owner/name``, or a name from
@@ -194,11 +197,13 @@ class _Hub:
         """Bring the needed files into the cache; return their directory, named by the commit."""
         commit, names = self._list()
         self._require(CONFIG in names, CONFIG, names)
-        self._require(PROCESSOR_CONFIG in names, PROCESSOR_CONFIG, names)
+        processors = [name for name in PROCESSOR_CONFIGS if name in names]
+        self._require(bool(processors), _NO_PROCESSOR, names)
         weights = next((name for name in WEIGHTS if name in names), None)
         self._require(weights is not None, "safetensors or PyTorch weights", names)
         directory = self._fetch(CONFIG, commit).parent
-        self._fetch(PROCESSOR_CONFIG, commit)
+        for name in processors:
+            self._fetch(name, commit)
         for name in _with_shards(weights or "", lambda name: self._fetch(name, commit)):
             self._require(name in names, name, names)
             self._fetch(name, commit)
@@ -412,7 +417,11 @@ def _check_files(directory: Path, what: str) -> dict[str, Any]:
         return directory / name
 
     config = _read_json(require(CONFIG))
-    _read_json(require(PROCESSOR_CONFIG))
+    processors = [name for name in PROCESSOR_CONFIGS if name in names]
+    for name in processors:
+        _read_json(directory / name)
+    if not processors:
+        require(_NO_PROCESSOR)
     weights = next((name for name in WEIGHTS if name in names), None)
     if weights is None:
         raise _MissingFileError(

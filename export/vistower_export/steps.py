@@ -45,7 +45,13 @@ from vistower_export.calibrate import calibrate
 from vistower_export.forms import ALWAYS, BY_PRECISION, INT8, ORT
 from vistower_export.graph import IR_VERSION, OPSET
 from vistower_export.parity import compare, require_parity, require_same_pixels
-from vistower_export.pictures import SAMPLES, calibration_pictures, write_golden_crops
+from vistower_export.pictures import (
+    SAMPLES,
+    calibration_pictures,
+    write_golden_crops,
+    write_hard_pictures,
+)
+from vistower_export.pixels import require_same_processor
 from vistower_export.source import Checkpoint
 from vistower_export.towers import TowerFamily, tower_config
 from vistower_export.weights import Levels, Tower, arrange
@@ -62,12 +68,11 @@ class Loaded:
     family: TowerFamily
     model: Any
     processor: Any
-    backend: str
     views: tuple[View, ...]
 
 
 @dataclass(frozen=True)
-class Referenced:
+class ViewReference:
     """The numbers of torch + transformers for a view, and what the runtime feeds its graphs.
 
     ``levels`` are the uint8 levels the pixel values are made of, where they are made of any.
@@ -91,15 +96,13 @@ def load(
         CheckpointError, UnsupportedArchitectureError: see `vistower_export.reference`.
         ProcessorConfigError: the runtime does not reproduce an option of the processor.
     """
-    family, model = hf.load_model(directory)
-    backend = backend or next(iter(family.processors))
-    processor = hf.load_processor(directory, family, backend)
-    model.config.save_pretrained(staging)
-    processor.save_pretrained(staging)
-    saved = json.loads((staging / PROCESSOR_FILE).read_text(encoding="utf-8"))
+    processor = hf.load_processor(directory, backend)
+    saved = hf.processor_config(processor)
     preprocessor = Preprocessor.from_config(
-        saved, backend=backend, transparency=hf.transparency(processor)
+        saved, backend=hf.processor_backend(processor), transparency=hf.transparency(processor)
     )
+    family, model = hf.load_model(directory)
+    model.config.save_pretrained(staging)
     config = model.config.to_dict()
     for precision in precisions:
         if reason := family.refused_precisions.get(precision):
@@ -120,13 +123,17 @@ def load(
         # What reads the bundle without vistower must feed the portable graph its size.
         height, width = views[0].size
         saved["size"] = {"height": height, "width": width}
-        text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
-        (staging / PROCESSOR_FILE).write_text(text, encoding="utf-8")
-    return Loaded(family, model, processor, backend, tuple(views))
+    text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
+    (staging / PROCESSOR_FILE).write_text(text, encoding="utf-8")
+    return Loaded(family, model, processor, tuple(views))
 
 
-def refer(loaded: Loaded, view: View, pictures: Sequence[Path]) -> tuple[Referenced, float]:
+def view_reference(
+    loaded: Loaded, view: View, pictures: Sequence[Path], staging: Path
+) -> tuple[ViewReference, float]:
     """Compute what torch + transformers say of pictures, and check the runtime's pixels.
+
+    The pixels are checked on hard pictures too, which lie in the staging directory meanwhile.
 
     Returns:
         The numbers, and the largest difference of the pixels.
@@ -139,11 +146,23 @@ def refer(loaded: Loaded, view: View, pictures: Sequence[Path]) -> tuple[Referen
     reference = hf.compute(loaded.model, loaded.processor, pictures, size)
     pixel_values = {path.name: view.preprocessor(path)[None] for path in pictures}
     max_abs = require_same_pixels(reference.pixel_values, pixel_values)
+    with tempfile.TemporaryDirectory(dir=staging) as directory:
+        hard = write_hard_pictures(Path(directory), view.size)
+        worst = require_same_processor(loaded.processor, view.preprocessor, hard, size)
     levels = {}
     if view.preprocessor.normalization is not None:
         to_levels = view.preprocessor.as_levels()
         levels = {path.name: to_levels(path)[None] for path in pictures}
-    return Referenced(reference, pixel_values, levels), max_abs
+    return ViewReference(reference, pixel_values, levels), max(max_abs, worst)
+
+
+def require_levels(loaded: Loaded) -> None:
+    """Refuse a processor whose pixels are of no uint8 levels.
+
+    Raises:
+        ProcessorConfigError: DINOv3's, which rescales before it resizes.
+    """
+    loaded.views[0].preprocessor.as_levels()
 
 
 def arrange_views(loaded: Loaded, *, levels: bool = False) -> tuple[Tower, ...]:
@@ -202,7 +221,7 @@ def write(
 
 
 def gate(
-    written: Sequence[Written], referenced: Mapping[Size, Referenced], staging: Path
+    written: Sequence[Written], referenced: Mapping[Size, ViewReference], staging: Path
 ) -> dict[str, GraphRecord]:
     """Run each graph on the CPU over every picture, and compare its tokens with torch's.
 
@@ -234,7 +253,7 @@ def gate(
 
 
 def write_golden(
-    golden: Sequence[Path], referenced: Mapping[Size, Referenced], staging: Path
+    golden: Sequence[Path], referenced: Mapping[Size, ViewReference], staging: Path
 ) -> None:
     """Store what torch + transformers say of the golden crops, for ``vistower verify``.
 
@@ -318,7 +337,8 @@ def export_bundle(
     Args:
         checkpoint: where the weights are.
         output: the bundle's directory; made, or replaced with ``overwrite``.
-        backend: the processor to agree with, ``torchvision`` (default) or ``pil`` (CLIP only).
+        backend: the processor's to agree with, ``torchvision`` or ``pil``; None is the one that
+            transformers' ``AutoImageProcessor`` takes, see `vistower_export.reference`.
         precisions: graphs to write besides the float32 ones.
         uint8: write each of ONNX Runtime's graphs a second time, with uint8 levels as its input
             and the processor's rescaling and normalization folded into its weights (CLIP).
@@ -341,17 +361,24 @@ def export_bundle(
     with _staging(output) as staging:
         on_step("load the checkpoint")
         loaded = load(checkpoint.directory, backend, precisions, resolutions, staging)
+        on_step(
+            f"the processor is {type(loaded.processor).__name__} "
+            f"({hf.processor_backend(loaded.processor)}), from "
+            f"{hf.processor_file(checkpoint.directory)}"
+        )
         on_step("compute the reference with torch")
         if uint8:
-            loaded.views[0].preprocessor.as_levels()
+            require_levels(loaded)
         golden = write_golden_crops(staging / GOLDEN_DIRECTORY)
         referenced, pixels = {}, 0.0
         for view in loaded.views:
-            referenced[view.size], worst = refer(loaded, view, (*SAMPLES, *golden))
+            referenced[view.size], worst = view_reference(
+                loaded, view, (*SAMPLES, *golden), staging
+            )
             pixels = max(pixels, worst)
         preprocessing = Preprocessing(
             processor=type(loaded.processor).__name__,
-            backend=loaded.backend,
+            backend=hf.processor_backend(loaded.processor),
             transparency=loaded.views[0].preprocessor.transparency,
             max_abs=pixels,
         )

@@ -68,8 +68,8 @@ def judge(
         )
     if not pictures:
         raise EmptyInputError("There is no picture to compare on: give some with --images.")
-    family, model = hf.load_model(checkpoint)
-    processor = hf.load_processor(checkpoint, family, manifest.preprocessing.backend)
+    _, model = hf.load_model(checkpoint)
+    processor = hf.load_processor(checkpoint, manifest.preprocessing.backend)
     on = choose_device(device).device
     graphs = [bundle.graph(name) for name in manifest.graphs]
     for size in bundle.resolutions:

@@ -80,7 +80,7 @@ def export(
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Downloads only from cache.")] = False,
     processor_backend: Annotated[
-        str | None, typer.Option(help="torchvision (default) or pil (CLIP only).")
+        str | None, typer.Option(help="torchvision or pil; default: transformers' choice.")
     ] = None,
     precision: Annotated[
         list[str] | None,
