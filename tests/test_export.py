@@ -193,7 +193,8 @@ def test_no_bundle_when_the_pixels_are_wrong(
     def other_mean(*arguments):  # type: ignore[no-untyped-def]
         loaded = honest(*arguments)
         view = loaded.views[0]
-        preprocessor = steps.replace(view.preprocessor, mean=(0.5, 0.5, 0.5))
+        scaling = steps.replace(view.preprocessor.scaling, mean=(0.5, 0.5, 0.5))
+        preprocessor = steps.replace(view.preprocessor, scaling=scaling)
         return steps.replace(loaded, views=(steps.replace(view, preprocessor=preprocessor),))
 
     monkeypatch.setattr(steps, "load", other_mean)
