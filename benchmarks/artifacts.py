@@ -76,7 +76,7 @@ def write_reference(root: Path, model: Model, files: Sequence[Path]) -> None:
     from vistower_export import reference as hf
 
     checkpoint = root / "checkpoints" / model.name
-    _, tower = hf.load_model(checkpoint)
+    tower = hf.load_model(checkpoint)
     processor = hf.load_processor(checkpoint, "torchvision")
     images = [Image.open(file).convert("RGB") for file in files]
 
@@ -120,7 +120,7 @@ def write_plain(root: Path, model: Model) -> None:
     if plain.exists() and (model.family != "clip" or projected.exists()):
         return
     checkpoint = root / "checkpoints" / model.name
-    _, tower = hf.load_model(checkpoint)
+    tower = hf.load_model(checkpoint)
 
     class Tokens(torch.nn.Module):
         def __init__(self) -> None:

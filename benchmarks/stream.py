@@ -121,7 +121,7 @@ def huggingface(bundles: Bundles, files: list[Path]) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     report = {}
     for name, (_, checkpoint) in bundles.items():
-        _, model = load_model(checkpoint)
+        model = load_model(checkpoint)
         processor = load_processor(checkpoint, "torchvision")
 
         def embed(model: Any = model, processor: Any = processor) -> int:

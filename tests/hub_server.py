@@ -55,7 +55,8 @@ class Repo:
     @classmethod
     def of_directory(cls, directory: Path, *, gated: bool = False) -> Repo:
         """A repository that holds the files of a directory, read when they are asked for."""
-        files = {path.name: path for path in directory.iterdir() if path.is_file()}
+        paths = [path for path in directory.rglob("*") if path.is_file()]
+        files = {path.relative_to(directory).as_posix(): path for path in paths}
         return cls.of(files, gated=gated)
 
     def find(self, revision: str) -> tuple[str, Mapping[str, Content]] | None:
@@ -205,10 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401, None, "Invalid credentials in Authorization header")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
             self._info(match[1], match[2], token)
-        elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([0-9a-f]{40})/([^/]+)", path):
+        elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)", path):
             self._file(self.hub.repos[match[1]].commits[match[2]][match[3]], match[3], {})
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+)/([^/]+)", path):
-            self._resolve(match[1], match[2], match[3], token)
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+)", path):
+            revision, name = self._split(match[1], match[2])
+            self._resolve(match[1], revision, name, token)
         else:
             self._error(404, None, "Not Found")
 
@@ -228,6 +230,15 @@ class _Handler(BaseHTTPRequestHandler):
             "siblings": [{"rfilename": name} for name in sorted(files)],
         }
         self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+
+    def _split(self, repo_id: str, path: str) -> tuple[str, str]:
+        """A revision and a file's path; both may have slashes."""
+        repo = self.hub.repos.get(repo_id)
+        for revision in (*repo.refs, *repo.commits) if repo else ():
+            if path.startswith(f"{revision}/"):
+                return revision, path.removeprefix(f"{revision}/")
+        revision, _, name = path.rpartition("/")
+        return revision, name
 
     def _visible(self, repo_id: str, token: str | None) -> Repo | None:
         repo = self.hub.repos.get(repo_id)

@@ -24,7 +24,7 @@ from vistower.errors import (
     UnsupportedArchitectureError,
 )
 from vistower.preprocess.processor import Backend, Transparency
-from vistower_export.source import PROCESSOR_CONFIGS
+from vistower_export.files import PROCESSOR_CONFIGS
 from vistower_export.towers import TowerFamily, family_of
 
 Array = npt.NDArray[np.float32]
@@ -58,13 +58,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(directory: Path) -> tuple[TowerFamily, Any]:
+def load_model(directory: Path) -> Any:
     """Load the vision tower of a checkpoint in float32; of a ``CLIPModel`` only the vision part.
 
     Raises:
         UnsupportedArchitectureError: its model type belongs to no tower.
-        CheckpointError: a weight is missing, has another shape, or cannot be read. (transformers
-            itself would fill a missing weight with random numbers and only warn.)
+        CheckpointError: a weight is missing, has another shape, is not finite, or cannot be read.
+            (transformers itself would fill a missing weight with random numbers and only warn.)
     """
     family = family_of(read_config(directory))
     model_class = getattr(transformers, family.hf_class, None)
@@ -82,14 +82,61 @@ def load_model(directory: Path) -> tuple[TowerFamily, Any]:
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot load {directory}: {error}"
         ) from error
+    _require_every_weight(directory, family, info)
+    _require_finite(directory, model)
+    return model.eval().requires_grad_(False)
+
+
+def _require_every_weight(directory: Path, family: TowerFamily, info: Mapping[str, Any]) -> None:
     missing, other = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
-    if missing or other:
+    unexpected = sorted(info["unexpected_keys"])
+    low_rank = [name for name in unexpected if "lora_" in name or ".base_layer." in name]
+    if low_rank:
         raise CheckpointError(
-            f"{directory} lacks {len(missing)} weights of {family.hf_class} and has "
-            f"{len(other)} of another shape (first: {(missing + other)[0]}). It is damaged, or was "
-            f"saved by a transformers that names them differently from {transformers.__version__}."
+            f"{directory} holds a PEFT adapter among its weights ({low_rank[0]}), which "
+            f"{family.hf_class} leaves out. Merge it with peft's merge_and_unload(), save the "
+            f"model and export that."
         )
-    return family, model.eval().requires_grad_(False)
+    if not missing and not other:
+        return
+    prefix = next(
+        (
+            found.removesuffix(name)
+            for name in missing[:1]
+            for found in unexpected
+            if found.endswith(f".{name}")
+        ),
+        None,
+    )
+    if prefix is not None:
+        raise CheckpointError(
+            f"The weights in {directory} are named with {prefix!r} in front of what "
+            f"{family.hf_class} calls them ({prefix}{missing[0]}). That is how a wrapped model "
+            f"saves them: torch.compile writes _orig_mod., DataParallel module., a model around it "
+            f"the name it has there, such as backbone. Save the model inside the wrapper with "
+            f"save_pretrained(), or take the prefix off the names in the file."
+        )
+    raise CheckpointError(
+        f"{directory} lacks {len(missing)} weights of {family.hf_class} and has {len(other)} of "
+        f"another shape (first: {(missing + other)[0]}). It is damaged, or was saved by a "
+        f"transformers that names them differently from {transformers.__version__}."
+    )
+
+
+def _require_finite(directory: Path, model: Any) -> None:
+    bad = {
+        name: int((~torch.isfinite(weight)).sum())
+        for name, weight in model.state_dict().items()
+        if weight.is_floating_point() and not torch.isfinite(weight).all()
+    }
+    if bad:
+        name, count = next(iter(bad.items()))
+        others = f" So have {len(bad) - 1} more tensors." if len(bad) > 1 else ""
+        raise CheckpointError(
+            f"{directory} has NaN or infinite weights: {count} in {name}.{others} Its training "
+            f"diverged, it overflowed where it was converted to half precision, or the file is "
+            f"damaged. Take an earlier checkpoint."
+        )
 
 
 def load_processor(directory: Path, backend: str | None = None) -> Any:

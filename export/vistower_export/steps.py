@@ -34,7 +34,7 @@ from vistower.bundle.manifest import (
     Preprocessing,
     Source,
 )
-from vistower.errors import OutputExistsError, UnsupportedArchitectureError
+from vistower.errors import OutputExistsError, ProcessorConfigError, UnsupportedArchitectureError
 from vistower.execution.ort import onnxruntime
 from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
 from vistower.preprocess.images import ImageInput
@@ -53,7 +53,7 @@ from vistower_export.pictures import (
 )
 from vistower_export.pixels import require_same_processor
 from vistower_export.source import Checkpoint
-from vistower_export.towers import TowerFamily, tower_config
+from vistower_export.towers import TowerFamily, family_of, tower_config
 from vistower_export.weights import Levels, Tower, arrange
 from vistower_export.write import TRIAL_DIRECTORY, Array, Graphs, Size, View, Written, run
 
@@ -96,29 +96,30 @@ def load(
         CheckpointError, UnsupportedArchitectureError: see `vistower_export.reference`.
         ProcessorConfigError: the runtime does not reproduce an option of the processor.
     """
+    family = family_of(hf.read_config(directory))
+    for precision in precisions:
+        if reason := family.refused_precisions.get(precision):
+            raise UnsupportedArchitectureError(f"{family.hf_class} in {precision}: {reason}.")
     processor = hf.load_processor(directory, backend)
     saved = hf.processor_config(processor)
     preprocessor = Preprocessor.from_config(
         saved, backend=hf.processor_backend(processor), transparency=hf.transparency(processor)
     )
-    family, model = hf.load_model(directory)
+    own = preprocessor.output_size
+    sizes = resolutions or [own]
+    for size in sizes:
+        if size != own:
+            _require_other_size(family, preprocessor, size)
+    model = hf.load_model(directory)
     model.config.save_pretrained(staging)
     config = model.config.to_dict()
-    for precision in precisions:
-        if reason := family.refused_precisions.get(precision):
-            raise UnsupportedArchitectureError(f"{family.hf_class} in {precision}: {reason}.")
-    views = []
-    for size in resolutions or [preprocessor.output_size]:
-        if size != preprocessor.output_size and family.position_embedding:
-            raise UnsupportedArchitectureError(
-                f"{size[0]}x{size[1]} pixels were asked for, but {family.hf_class} has a learned "
-                f"position embedding for {preprocessor.output_size[0]}x"
-                f"{preprocessor.output_size[1]}, and torch refuses other sizes too. Leave "
-                f"--resolution out."
-            )
-        layout = tower_config(config, size).layout
-        at_size = preprocessor if size == preprocessor.output_size else preprocessor.resized(size)
-        views.append(View(layout, at_size))
+    views = [
+        View(
+            tower_config(config, size).layout,
+            preprocessor if size == own else preprocessor.resized(size),
+        )
+        for size in sizes
+    ]
     if views[0].preprocessor is not preprocessor:
         # What reads the bundle without vistower must feed the portable graph its size.
         height, width = views[0].size
@@ -126,6 +127,21 @@ def load(
     text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
     (staging / PROCESSOR_FILE).write_text(text, encoding="utf-8")
     return Loaded(family, model, processor, tuple(views))
+
+
+def _require_other_size(family: TowerFamily, preprocessor: Preprocessor, size: Size) -> None:
+    asked, own = f"{size[0]}x{size[1]}", "x".join(map(str, preprocessor.output_size))
+    if family.position_embedding:
+        raise UnsupportedArchitectureError(
+            f"{asked} pixels were asked for, but {family.hf_class} has a learned position "
+            f"embedding for {own}, and torch refuses other sizes too. Leave --resolution out."
+        )
+    if preprocessor.crop is not None:
+        raise ProcessorConfigError(
+            f"{asked} pixels were asked for, but {preprocessor.processor} cuts the middle {own} "
+            f"out of every picture, whatever its size was. Leave --resolution out, or give the "
+            f"checkpoint a processor without a centre crop."
+        )
 
 
 def view_reference(

@@ -68,7 +68,7 @@ def judge(
         )
     if not pictures:
         raise EmptyInputError("There is no picture to compare on: give some with --images.")
-    _, model = hf.load_model(checkpoint)
+    model = hf.load_model(checkpoint)
     processor = hf.load_processor(checkpoint, manifest.preprocessing.backend)
     on = choose_device(device).device
     graphs = [bundle.graph(name) for name in manifest.graphs]

@@ -255,6 +255,18 @@ def _names(backbone: Backbone) -> Iterator[str]:
     yield from backbone.aliases
 
 
+CONFIG_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "clip_vision_model": {"hidden_size": 768, "image_size": 224, "patch_size": 32},
+    "dinov3_vit": {
+        "hidden_size": 384,
+        "image_size": 224,
+        "num_register_tokens": 0,
+        "patch_size": 16,
+    },
+}
+"""What transformers takes where a ``config.json`` of a model type is silent: CLIPVisionConfig and
+DINOv3ViTConfig. (transformers leaves such values out of the configs it writes.)"""
+
 BACKBONES: Mapping[str, Backbone] = MappingProxyType({record.name: record for record in _RECORDS})
 """Name (last component of the hub id) → record, in the order of the families' sizes."""
 

@@ -74,6 +74,9 @@ def export(
         Path | None, typer.Option(help="The bundle's directory; default: the cache.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(help="Where in the repository or directory it lies.")
+    ] = None,
     token: Annotated[
         str | None, typer.Option(help="Hub token for gated models; else HF_TOKEN.")
     ] = None,
@@ -109,7 +112,12 @@ def export(
     from vistower_export.source import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(
-        model, revision=revision, token=token, cache_dir=cache_dir, offline=offline
+        model,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        offline=offline,
     )
     if checkpoint.random_weight:
         out.print(f"{checkpoint.name}: random-weight checkpoint, its embeddings mean nothing")

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vistower.backbones import BACKBONES
+from vistower.backbones import BACKBONES, CONFIG_DEFAULTS
 from vistower.bundle.manifest import MANIFEST_FILE, Manifest
 from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
 from vistower.preprocess.processor import Pixels, Preprocessor
@@ -103,10 +103,15 @@ class Bundle:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The vision tower's part of ``config.json``."""
+        """The vision tower's part of ``config.json``, with the defaults it leaves out."""
         config = _read_json(self.directory / CONFIG_FILE)
         vision = config.get("vision_config")
-        return vision if isinstance(vision, dict) else config
+        if isinstance(vision, dict):
+            known = (
+                {"model_type": "clip_vision_model"} if config.get("model_type") == "clip" else {}
+            )
+            config = known | vision
+        return {**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config}
 
     @cached_property
     def layout(self) -> TokenLayout:

@@ -88,7 +88,10 @@ def _cached_hub_bundle(model: str) -> Bundle:
         name = backbone.hub_id
     place = cache_path(name, revision or None)
     if not place.is_dir():
-        command = f"vistower export {name}" + (f" --revision {revision}" if revision else "")
+        parts = name.split("/")
+        command = f"vistower export {'/'.join(parts[:2])}"
+        command += f" --revision {revision}" if revision else ""
+        command += f" --subfolder {'/'.join(parts[2:])}" if parts[2:] else ""
         raise BundleNotFoundError(
             f"There is no bundle of {hub_id!r} in the cache {cache_directory()}. Make it, where "
             f"torch is installed, with: {command}"
