@@ -1,22 +1,28 @@
-"""Tiny random-weight checkpoints of the real architectures, and their bundles, once a session."""
+"""Tiny random-weight checkpoints of the real architectures, and their bundles, once a session.
+
+torch, transformers and the exporter are imported where a checkpoint is made: where
+``VISTOWER_TEST_MODELS`` names a folder that `prepare` wrote, they are taken from there, and the
+runtime's tests run in an environment without any of the three.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import transformers
 
 from fake_gpu import gpu  # noqa: F401
 from vistower.execution.cuda_problems import problems
 from vistower.execution.device import Device
-from vistower_export.source import resolve_checkpoint
-from vistower_export.steps import export_bundle
-from vistower_export.towers import CLIP, DINOV3, TowerFamily
+
+if TYPE_CHECKING:
+    from vistower_export.towers import TowerFamily
+
+PREPARED = "VISTOWER_TEST_MODELS"
 
 # optimum-onnx needs transformers 4.57: scripts/test runs its test in that environment.
 collect_ignore = [] if importlib.util.find_spec("optimum") else ["test_optimum.py"]
@@ -44,6 +50,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def tiny_checkpoint(directory: Path, family: TowerFamily, *, seed: int = 0, **changes: Any) -> Path:
     """Save a two-layer model with non-neutral weights, and its processor."""
+    import torch
+    import transformers
+
+    from vistower_export.towers import CLIP
+
     config_class = transformers.CLIPVisionConfig if family is CLIP else transformers.DINOv3ViTConfig
     settings: dict[str, Any] = {
         "num_hidden_layers": 2,
@@ -73,27 +84,52 @@ def tiny_checkpoint(directory: Path, family: TowerFamily, *, seed: int = 0, **ch
     return directory
 
 
+def tiny_bundle(checkpoint: Path, output: Path) -> Path:
+    """Export a checkpoint of `tiny_checkpoint`."""
+    from vistower_export.source import resolve_checkpoint
+    from vistower_export.steps import export_bundle
+
+    return export_bundle(resolve_checkpoint(str(checkpoint)), output).directory
+
+
+def prepare(folder: Path) -> None:
+    """Write the checkpoints and bundles of the fixtures below to a folder."""
+    from vistower_export.towers import CLIP, DINOV3
+
+    for name, family in (("tiny-clip", CLIP), ("tiny-dinov3", DINOV3)):
+        checkpoint = tiny_checkpoint(folder / "checkpoints" / name, family)
+        tiny_bundle(checkpoint, folder / "bundles" / name)
+
+
 @pytest.fixture(scope="session")
-def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny ``checkpoints`` and their ``bundles``."""
+    if PREPARED in os.environ:
+        return Path(os.environ[PREPARED])
+    folder = tmp_path_factory.mktemp("models")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_checkpoint(models: Path) -> Path:
     """A tiny CLIP vision checkpoint: 2 layers, hidden 64, 4 heads, patch 32, 224 pixels."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-clip", CLIP)
+    return models / "checkpoints" / "tiny-clip"
 
 
 @pytest.fixture(scope="session")
-def dinov3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dinov3_checkpoint(models: Path) -> Path:
     """A tiny DINOv3 checkpoint: 2 layers, hidden 64, 4 heads, 4 registers, patch 16."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-dinov3", DINOV3)
+    return models / "checkpoints" / "tiny-dinov3"
 
 
 @pytest.fixture(scope="session")
-def clip_bundle(clip_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_bundle(models: Path) -> Path:
     """The bundle of `clip_checkpoint`."""
-    output = tmp_path_factory.mktemp("bundles") / "tiny-clip"
-    return export_bundle(resolve_checkpoint(str(clip_checkpoint)), output).directory
+    return models / "bundles" / "tiny-clip"
 
 
 @pytest.fixture(scope="session")
-def dinov3_bundle(dinov3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dinov3_bundle(models: Path) -> Path:
     """The bundle of `dinov3_checkpoint`."""
-    output = tmp_path_factory.mktemp("bundles") / "tiny-dinov3"
-    return export_bundle(resolve_checkpoint(str(dinov3_checkpoint)), output).directory
+    return models / "bundles" / "tiny-dinov3"

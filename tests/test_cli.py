@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +126,10 @@ def test_skip_errors_lists_what_it_skips(
     assert "None of the pictures" in errors
 
 
+def exporting(says: str, *arguments: str) -> Any:
+    return pytest.param(arguments, says, marks=pytest.mark.export)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -134,9 +139,9 @@ def test_skip_errors_lists_what_it_skips(
         (("embed", "{bundle}", "{sample}", "--output", "{tmp}/o.npz", "--device", "tpu"), "'auto'"),
         (("embed", "{bundle}", "{sample}", "--output", "{tmp}/o.npz", "--device", "cuda"), "CUDA"),
         (("verify", "./missing"), "no directory"),
-        (("export", "{tmp}/missing", "--output", "{tmp}/o"), "missing"),
-        (("export", "{checkpoint}", "--output", "{bundle}"), "--overwrite"),
-        (("checkpoint", "clip-vit-base-patch23", "{tmp}/c"), "clip-vit-base-patch32"),
+        exporting("missing", "export", "{tmp}/missing", "--output", "{tmp}/o"),
+        exporting("--overwrite", "export", "{checkpoint}", "--output", "{bundle}"),
+        exporting("clip-vit-base-patch32", "checkpoint", "clip-vit-base-patch23", "{tmp}/c"),
     ],
 )
 def test_mistakes_end_with_code_2_and_a_remedy(
@@ -157,6 +162,7 @@ def test_mistakes_end_with_code_2_and_a_remedy(
     assert "Traceback" not in errors
 
 
+@pytest.mark.export
 def test_export_from_a_directory_and_verify(
     dinov3_checkpoint: Path,
     tmp_path: Path,
@@ -178,6 +184,7 @@ def test_export_from_a_directory_and_verify(
     assert "9 comparisons hold" in text
 
 
+@pytest.mark.export
 def test_export_with_precisions_says_how_each_was_judged(
     clip_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
