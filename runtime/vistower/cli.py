@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -27,11 +26,11 @@ from vistower.errors import (
     BundleCorruptError,
     EmptyInputError,
     GoldenMismatchError,
-    MissingExtraError,
     VistowerError,
 )
 from vistower.golden import replay
 from vistower.tolerance import TOLERANCES, GraphPrecision
+from vistower_export.needs import require_exporter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,19 +47,6 @@ Bundled = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, openvino, cuda[:N] or tensorrt[:N].")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-
-
-def _need_exporter() -> None:
-    missing = [
-        name
-        for name in ("torch", "torchvision", "transformers", "onnx_ir")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise MissingExtraError(
-            f"Exporting needs {', '.join(missing)}: pip install 'vistower[export]'. Running a "
-            f"bundle needs none of them."
-        )
 
 
 def _megabytes(size: int) -> str:
@@ -108,7 +94,7 @@ def export(
 
     Example: vistower export openai/clip-vit-base-patch32 --output artifacts/clip-b32
     """
-    _need_exporter()
+    require_exporter()
     from vistower_export.source import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(
@@ -200,7 +186,7 @@ def checkpoint(
 
     Example: vistower checkpoint clip-vit-base-patch32 checkpoints/clip-vit-base-patch32 --seed 0
     """
-    _need_exporter()
+    require_exporter()
     from vistower_export.checkpoint import write_random_checkpoint
 
     written = write_random_checkpoint(name, directory, seed=seed, overwrite=overwrite)
@@ -323,7 +309,7 @@ def verify(
 
 
 def _judge(bundle: Bundle, checkpoint: Path, pictures: Sequence[Path], device: str) -> None:
-    _need_exporter()
+    require_exporter()
     from vistower_export.verdict import judge
 
     bundle.check()
