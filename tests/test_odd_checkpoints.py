@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -257,3 +258,20 @@ def test_the_defaults_of_the_architectures_are_those_of_transformers() -> None:
     for config in (transformers.CLIPVisionConfig(), transformers.DINOv3ViTConfig()):
         assert CONFIG_DEFAULTS[config.model_type].items() <= config.to_dict().items()
     assert CONFIG_DEFAULTS.keys() == {"clip_vision_model", "dinov3_vit"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_what_is_no_file_is_said_to_be_none(
+    name: str, kind: str, copy: Callable[[str], Path]
+) -> None:
+    path = copy("clip") / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.parent / "nothing")
+    with pytest.raises(errors.CheckpointError, match=rf"{name} is no file that can be read"):
+        resolve_checkpoint(str(path.parent))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from command_line import run
 from conftest import tiny_checkpoint
 from vistower.bundle import Bundle
-from vistower.errors import EmptyInputError
+from vistower.errors import CheckpointError, CheckpointNotFoundError, EmptyInputError
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
@@ -79,6 +81,22 @@ def test_the_verdict_is_by_picture_file(bundle: Bundle, dinov3_checkpoint: Path)
     assert np.isfinite(lossy.parity.max_abs)
     with pytest.raises(EmptyInputError, match="--images"):
         next(judge(bundle, dinov3_checkpoint, []))
+
+
+def test_another_processor_is_named(
+    bundle: Bundle, dinov3_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(dinov3_checkpoint, tmp_path / "other"))
+    config = {"image_processor_type": "CLIPImageProcessorFast"}
+    (other / "preprocessor_config.json").write_text(json.dumps(config))
+    told = r"agrees with DINOv3ViTImageProcessor.* makes CLIPImageProcessor"
+    with pytest.raises(CheckpointError, match=told):
+        next(judge(bundle, other, SAMPLES[:1]))
+    (other / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="PEFT adapter"):
+        next(judge(bundle, other, SAMPLES[:1]))
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint directory"):
+        next(judge(bundle, tmp_path / "nowhere", SAMPLES[:1]))
 
 
 def test_the_two_options_go_together(

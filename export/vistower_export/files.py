@@ -101,6 +101,11 @@ def check_files(directory: Path, what: str) -> dict[str, Any]:
         nested = {path.relative_to(directory).as_posix() for path in directory.glob(f"*/{CONFIG}")}
         raise lacking(what, missing, names | nested)
     for name in files:
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{what}: {name} is no file that can be read, but a folder, a pipe or a link to "
+                f"nothing. Complete it, or give another checkpoint."
+            )
         if name.endswith(".json"):
             read_json(directory / name)
         else:
@@ -169,6 +174,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}).") from error
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"is not valid JSON ({error})") from error
     if not isinstance(content, dict):

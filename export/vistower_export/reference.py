@@ -24,7 +24,7 @@ from vistower.errors import (
     UnsupportedArchitectureError,
 )
 from vistower.preprocess.processor import Backend, Transparency
-from vistower_export.files import PROCESSOR_CONFIGS
+from vistower_export.files import CONFIG, PROCESSOR_CONFIGS, read_json
 from vistower_export.towers import TowerFamily, family_of
 
 Array = npt.NDArray[np.float32]
@@ -42,22 +42,6 @@ class Reference:
     last_hidden_state: Mapping[str, Array]
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's ``config.json``.
-
-    Raises:
-        CheckpointError: it is not a JSON object.
-    """
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, not a JSON object.")
-    return config
-
-
 def load_model(directory: Path) -> Any:
     """Load the vision tower of a checkpoint in float32; of a ``CLIPModel`` only the vision part.
 
@@ -66,7 +50,7 @@ def load_model(directory: Path) -> Any:
         CheckpointError: a weight is missing, has another shape, is not finite, or cannot be read.
             (transformers itself would fill a missing weight with random numbers and only warn.)
     """
-    family = family_of(read_config(directory))
+    family = family_of(read_json(directory / CONFIG))
     model_class = getattr(transformers, family.hf_class, None)
     if model_class is None:
         raise UnsupportedArchitectureError(
@@ -200,7 +184,7 @@ def _refuse_own_code(directory: Path, section: Mapping[str, Any]) -> None:
     places = [section]
     if "image_processor_type" not in section:
         # Only then does transformers look further.
-        places.append(read_config(directory))
+        places.append(read_json(directory / CONFIG))
     for place in places:
         code = place.get("auto_map") or {}
         for name in ("AutoImageProcessor", "AutoFeatureExtractor"):
@@ -219,10 +203,10 @@ def processor_file(directory: Path) -> str:
     for name in PROCESSOR_CONFIGS:
         path = directory / name
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if section in (content, content.get("image_processor")):
                 return name
-    return "config.json"
+    return CONFIG
 
 
 def processor_backend(processor: Any) -> Backend:
@@ -241,10 +225,14 @@ def processor_config(processor: Any) -> dict[str, Any]:
     does not know.)
     """
     config: dict[str, Any] = json.loads(processor.to_json_string())
-    name = type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
-    name = name.replace("FeatureExtractor", "ImageProcessor")
     ending = "Fast" if processor_backend(processor) == "torchvision" else ""
-    return config | {"image_processor_type": name + ending}
+    return config | {"image_processor_type": plain_name(type(processor).__name__) + ending}
+
+
+def plain_name(name: str) -> str:
+    """An image processor's class without what says its backend or its age."""
+    name = name.removesuffix("Fast").removesuffix("Pil")
+    return name.replace("FeatureExtractor", "ImageProcessor")
 
 
 def transparency(processor: Any) -> Transparency:

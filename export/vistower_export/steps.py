@@ -42,6 +42,7 @@ from vistower.preprocess.processor import Preprocessor
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
 from vistower_export.calibrate import calibrate
+from vistower_export.files import CONFIG, read_json
 from vistower_export.forms import ALWAYS, BY_PRECISION, INT8, ORT
 from vistower_export.graph import IR_VERSION, OPSET
 from vistower_export.parity import compare, require_parity, require_same_pixels
@@ -96,7 +97,7 @@ def load(
         CheckpointError, UnsupportedArchitectureError: see `vistower_export.reference`.
         ProcessorConfigError: the runtime does not reproduce an option of the processor.
     """
-    family = family_of(hf.read_config(directory))
+    family = family_of(read_json(directory / CONFIG))
     for precision in precisions:
         if reason := family.refused_precisions.get(precision):
             raise UnsupportedArchitectureError(f"{family.hf_class} in {precision}: {reason}.")

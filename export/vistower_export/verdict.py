@@ -13,16 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import transformers
 
 from vistower.bundle import Bundle, BundleGraph
 from vistower.bundle.manifest import Parity
 from vistower.encoder import VisionEncoder
-from vistower.errors import BundleUnsupportedError, EmptyInputError
+from vistower.errors import (
+    BundleUnsupportedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    EmptyInputError,
+)
 from vistower.execution.cuda_problems import choose_device
 from vistower.execution.device import Device, DeviceLike
 from vistower.precision import can_run
 from vistower.tolerance import TOLERANCES, Tolerance
 from vistower_export import reference as hf
+from vistower_export.files import check_files
 from vistower_export.parity import compare, passes
 
 Array = npt.NDArray[np.float32]
@@ -57,7 +64,8 @@ def judge(
     Raises:
         BundleUnsupportedError: the bundle was not written by vistower.
         EmptyInputError: no picture.
-        CheckpointError, UnsupportedArchitectureError: the checkpoint cannot be loaded.
+        CheckpointError, UnsupportedArchitectureError: the checkpoint cannot be loaded, or with
+            another image processor than the bundle's.
         ImageError: a picture cannot be used.
     """
     manifest = bundle.manifest
@@ -68,8 +76,19 @@ def judge(
         )
     if not pictures:
         raise EmptyInputError("There is no picture to compare on: give some with --images.")
+    if not checkpoint.is_dir():
+        raise CheckpointNotFoundError(f"There is no checkpoint directory {checkpoint}.")
+    check_files(checkpoint, f"Checkpoint directory {str(checkpoint)!r}")
+    preprocessing = manifest.preprocessing
+    processor = hf.load_processor(checkpoint, preprocessing.backend)
+    if hf.plain_name(type(processor).__name__) != hf.plain_name(preprocessing.processor):
+        raise CheckpointError(
+            f"{bundle.directory} agrees with {preprocessing.processor}, but of {checkpoint} "
+            f"transformers {transformers.__version__} makes {type(processor).__name__}. Give the "
+            f"checkpoint it was exported from, and the transformers of its manifest "
+            f"({manifest.made_with.get('transformers')})."
+        )
     model = hf.load_model(checkpoint)
-    processor = hf.load_processor(checkpoint, manifest.preprocessing.backend)
     on = choose_device(device).device
     graphs = [bundle.graph(name) for name in manifest.graphs]
     for size in bundle.resolutions:
