@@ -12,13 +12,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vistower.backbones import BACKBONES, CONFIG_DEFAULTS
 from vistower.bundle.manifest import MANIFEST_FILE, Manifest
 from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
+from vistower.lazy import cached_property
 from vistower.preprocess.processor import Pixels, Preprocessor
 from vistower.tokens import TokenLayout
 from vistower.tolerance import GraphPrecision

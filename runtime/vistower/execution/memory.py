@@ -7,6 +7,7 @@ driver's own staging buffer.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import threading
@@ -95,9 +96,9 @@ class PinnedPool:
         return array.reshape(shape)
 
     def _take(self, block: int) -> int:
+        with contextlib.suppress(KeyError, IndexError):
+            return self._free[block].pop()
         with self._lock:
-            if free := self._free.get(block):
-                return free.pop()
             if self._held + block > self._limit:
                 return 0
             self._held += block
@@ -108,8 +109,8 @@ class PinnedPool:
         return address
 
     def _give_back(self, block: int, address: int) -> None:
-        with self._lock:
-            self._free.setdefault(block, []).append(address)
+        # Without the lock: the garbage collector may call this in a thread that holds it.
+        self._free.setdefault(block, []).append(address)
 
 
 class CudaMemory:

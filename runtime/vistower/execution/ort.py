@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vistower.errors import MissingExtraError
+from vistower.forks import exit_without_destructors, in_every_child
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,13 +29,37 @@ LOG_ERRORS_ONLY = 3
 """ONNX Runtime's severity for errors; its warnings at every start leave nothing to be done."""
 
 
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+"""Environment variable, read by ONNX Runtime when it is imported: 1 turns its telemetry off."""
+
+
+def _may_have_telemetry() -> bool:
+    """Whether ONNX Runtime was imported, by somebody else, with its telemetry on."""
+    return "onnxruntime" in sys.modules and TELEMETRY not in os.environ
+
+
+def _begin_child() -> None:
+    if _may_have_telemetry():
+        exit_without_destructors()
+
+
+in_every_child(_begin_child)
+
+
 @lru_cache(maxsize=1)
 def onnxruntime() -> ModuleType:
     """ONNX Runtime, with the CUDA libraries of nvidia wheels loaded where it was built for CUDA.
 
+    Its telemetry is off unless the environment says otherwise. Builds that have it (1.32) start a
+    thread for it when they are imported, write a database into the home directory, and crash or
+    hang when a forked child exits.
+
     Raises:
         MissingExtraError: it is not installed, or it fails to import.
     """
+    if _may_have_telemetry():
+        in_every_child(exit_without_destructors)
+    os.environ.setdefault(TELEMETRY, "1")
     try:
         import onnxruntime as module
     except ImportError as error:

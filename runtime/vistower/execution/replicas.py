@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,6 +14,7 @@ from vistower.errors import DeviceError
 from vistower.execution.binding import Warmed
 from vistower.execution.device import Device
 from vistower.execution.session import Session
+from vistower.forks import Process
 
 
 class Replicas:
@@ -36,7 +36,7 @@ class Replicas:
         self.sessions = tuple(sessions)
         self._pending = [0] * len(sessions)
         self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._process = Process()
         # As many callers as there are devices can keep them all busy; more would wait anyway.
         self._threads = ThreadPoolExecutor(len(sessions), thread_name_prefix="vistower-replica")
 
@@ -78,12 +78,10 @@ class Replicas:
         Raises:
             InferenceError: a device failed; the other parts are computed to their end first.
         """
+        self._process.require("encoder")
         parts = np.array_split(pixel_values, min(len(self.sessions), len(pixel_values)))
         if len(parts) == 1:
             return self._on_least_busy(parts[0])
-        # A forked child has none of the threads: its session says so, in this one.
-        if os.getpid() != self._pid:
-            return self.sessions[0].run(pixel_values)
         waiting = [self._threads.submit(self._on_least_busy, part) for part in parts]
         wait(waiting)
         return np.concatenate([future.result() for future in waiting])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from vistower.execution.memory import CudaMemory, HostMemory, Memory
 from vistower.execution.ort import onnxruntime
 from vistower.execution.providers import Providers, SessionOptions
 from vistower.execution.workers import CallingThread, Worker, gpu_worker
+from vistower.forks import Process, kept_in_children
 from vistower.output import DeviceArray
 from vistower.threads import available_cpus
 from vistower.tokens import TokenLayout
@@ -74,7 +74,9 @@ class Session:
             DeviceError: the device cannot be had, or both device and providers are given.
             BundleCorruptError: the graph cannot be loaded or has other inputs or outputs.
         """
-        self._pid = os.getpid()
+        self._process = Process()
+        # Its thread pool's end would wait for threads that a forked child does not have.
+        kept_in_children(self)
         self._asked = providers
         if providers is None:
             choice = device if isinstance(device, DeviceChoice) else choose_device(device)
@@ -144,7 +146,7 @@ class Session:
         works too.
         """
         shape = (batch_size, *self._source.shape)
-        if self._worker is None:
+        if self._worker is None or not self._process.is_here:
             return np.empty(shape, self._source.dtype)
         return self._memory.empty(shape, self._source.dtype)
 
@@ -157,7 +159,7 @@ class Session:
             BatchMemoryError: memory ran out for half the batch too.
             InferenceError: ONNX Runtime failed, or the session was inherited through fork.
         """
-        self._check_process()
+        self._process.require("encoder")
         try:
             tokens = self._forward(pixel_values)
         except Exception as error:
@@ -224,7 +226,7 @@ class Session:
         Raises:
             InferenceError: ONNX Runtime failed, or the session was inherited through fork.
         """
-        self._check_process()
+        self._process.require("encoder")
         try:
             if self._worker is None:
                 module = onnxruntime()
@@ -249,7 +251,7 @@ class Session:
         Raises:
             InferenceError: ONNX Runtime failed.
         """
-        self._check_process()
+        self._process.require("encoder")
         report = []
         for size in batch_sizes or self.options.buckets or (1,):
             # Not zeros: a captured graph is compared with the plain run on it.
@@ -288,13 +290,6 @@ class Session:
                 f"{self._source.dtype}, and got {pixel_values.shape} of {pixel_values.dtype}."
             )
         return np.ascontiguousarray(pixel_values)
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise InferenceError(
-                "This session was made in another process and its threads did not survive the "
-                "fork. Open the encoder in the worker, or use the 'spawn' start method."
-            )
 
 
 def _load(

@@ -8,12 +8,13 @@ captures, CUDA forbids memory operations in every other thread of the process
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import ParamSpec, Protocol, TypeVar
+
+from vistower.forks import Process, in_every_child
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +51,7 @@ class GpuWorker:
     def __init__(self, index: int) -> None:
         """Name the thread after the GPU; it starts with its first task."""
         self.index = index
+        self._process = Process()
         self._busy = threading.Lock()
         self._ident: int | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"vistower-gpu-{index}")
@@ -58,7 +60,11 @@ class GpuWorker:
         """Call a function on the GPU's thread and wait for its result or exception.
 
         A task of the thread itself may call it: the function then runs at once.
+
+        Raises:
+            InferenceError: the worker was inherited through fork.
         """
+        self._process.require("GPU's worker")
         if threading.get_ident() == self._ident:
             return function(*args, **kwargs)
 
@@ -71,6 +77,7 @@ class GpuWorker:
 
     def run_alone(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """The same, while no other GPU's worker runs anything."""
+        self._process.require("GPU's worker")
 
         def task() -> R:
             self._ident = threading.get_ident()
@@ -101,5 +108,4 @@ def _forget() -> None:
     _workers.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_every_child(_forget)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from vistower.errors import ImageDecodeError, ImageFormatError
+from vistower.forks import in_every_child
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -91,7 +92,16 @@ def open_image(
         ) from error
 
 
-_LOADING = tuple(threading.Lock() for _ in range(64))
+_LOADING: list[threading.Lock] = []
+
+
+def _make_locks() -> None:
+    """New ones in a forked child: threads it does not have may have held the old ones."""
+    _LOADING[:] = [threading.Lock() for _ in range(64)]
+
+
+_make_locks()
+in_every_child(_make_locks)
 
 
 def loaded(image: Image.Image) -> Image.Image:

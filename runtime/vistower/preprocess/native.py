@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from vistower.forks import in_every_child, never_free
 from vistower.preprocess.resize import Filter
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def resize(
     return image
 
 
-class _Tools(threading.local):
+class _Tools:
     """A resizer has a lock and the library a pool of threads: each of our threads has its own."""
 
     def __init__(self) -> None:
@@ -113,7 +114,46 @@ class _Tools(threading.local):
         self._resizer.resize_pil(image, result, self._options[kind])
         return result
 
+    def forget_results(self) -> None:
+        self._results.clear()
 
-@lru_cache(maxsize=1)
+
+class _Lease:
+    """The tools of one thread, free for another one when it has ended."""
+
+    def __init__(self, idle: list[_Tools]) -> None:
+        try:
+            self.tools = idle.pop()
+        except IndexError:
+            self.tools = _Tools()
+            _all.append(self.tools)
+        self._idle = idle
+
+    def __del__(self) -> None:
+        self.tools.forget_results()
+        self._idle.append(self.tools)
+
+
+_all: list[_Tools] = []
+"""What a forked child must neither use nor free: it has not the threads, and a lock of them may
+have been held. Python drops what is local to the other threads before the child runs."""
+
+_idle: list[_Tools] = []
+_of_thread = threading.local()
+
+
 def _tools() -> _Tools:
-    return _Tools()
+    try:
+        lease: _Lease = _of_thread.lease
+    except AttributeError:
+        lease = _of_thread.lease = _Lease(_idle)
+    return lease.tools
+
+
+def _begin_child() -> None:
+    global _all, _idle, _of_thread
+    never_free(_all)
+    _all, _idle, _of_thread = [], [], threading.local()
+
+
+in_every_child(_begin_child)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vistower.errors import ImageFormatError, OptionError, ProcessorConfigError
+from vistower.lazy import cached_property
 from vistower.preprocess.config import Backend, Options, Transparency, read_options
 from vistower.preprocess.frame import Frame, Size, center, shortest_edge
 from vistower.preprocess.images import ImageInput, checked_array, is_encoded, loaded, open_image

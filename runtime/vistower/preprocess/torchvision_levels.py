@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vistower.lazy import cached_property
 from vistower.preprocess import native
 from vistower.preprocess.frame import Frame
 from vistower.preprocess.images import pixel_view
