@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, CLIPVisionModel, DINOv3ViTModel
 
 from vistower import backbones
 from vistower.backbones import BACKBONES, Backbone, find_backbone
-from vistower.errors import OutputExistsError, UnsupportedArchitectureError
+from vistower.errors import OutputError, OutputExistsError, UnsupportedArchitectureError
 from vistower_export import checkpoint
 from vistower_export.checkpoint import is_random_weight, write_random_checkpoint
 
@@ -154,33 +154,31 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
     directory = tmp_path / "tower"
     directory.mkdir()
     (directory / "mine.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="not empty"):
-        write_random_checkpoint(DINOV3, directory)
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match=r"not empty .*mine\.txt"):
+            write_random_checkpoint(DINOV3, directory, overwrite=overwrite)
     assert (directory / "mine.txt").read_text() == "mine"
     with pytest.raises(OutputExistsError, match="is a file"):
         write_random_checkpoint(DINOV3, directory / "mine.txt", overwrite=True)
 
-    write_random_checkpoint(DINOV3, directory, overwrite=True)
-    assert not (directory / "mine.txt").exists()
-    assert (directory / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+    assert [path.name for path in directory.iterdir()] == ["mine.txt"]
 
 
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = tmp_path / "tower"
-    directory.mkdir()
-    (directory / "mine.txt").write_text("mine")
+    directory = write_random_checkpoint(DINOV3, tmp_path / "tower")
+    before = digest(directory)
 
     def fail(backbone: Backbone) -> dict[str, object]:
         raise OSError(f"no space left for {backbone.name}")
 
     monkeypatch.setattr(checkpoint, "_processor_config", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write_random_checkpoint(DINOV3, directory, overwrite=True)
+    with pytest.raises(OutputError, match="no space left"):
+        write_random_checkpoint(DINOV3, directory, seed=5, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
-    assert [path.name for path in directory.iterdir()] == ["mine.txt"]
+    assert digest(directory) == before
 
 
 def test_satellite_towers_have_their_own_picture_statistics() -> None:

@@ -221,12 +221,16 @@ def test_an_existing_output_is_kept_unless_overwritten(
     output = tmp_path / "bundle"
     output.mkdir()
     (output / "precious.txt").write_text("keep me")
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match=r"--overwrite"):
+            export(clip_checkpoint, output, overwrite=overwrite)
+        assert (output / "precious.txt").read_text() == "keep me"
+    (output / "precious.txt").unlink()
+    export(clip_checkpoint, output)
+    with pytest.raises(OutputExistsError, match=r"--overwrite"):
         export(clip_checkpoint, output)
-    assert (output / "precious.txt").read_text() == "keep me"
     export(clip_checkpoint, output, overwrite=True)
     assert (output / "vistower.json").is_file()
-    assert not (output / "precious.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 

@@ -8,14 +8,16 @@ mean nothing.
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vistower.backbones import Backbone, find_backbone
-from vistower.errors import OutputExistsError
+from vistower.bundle import sha256
+from vistower.bundle.manifest import FileRecord
+from vistower.staging import as_output_error, require_space, staged
+from vistower_export.ownership import Kind, may_write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +31,35 @@ Random weights: a vistower test checkpoint of {name}, not a trained model.
 
 Architecture and preprocessing are those of {hub_id}; the weights were drawn with seed {seed}.
 Its embeddings mean nothing. Use it to test an export, to measure speed, and for nothing else.
+
+SHA-256 and size of each file, so that --overwrite knows this folder for its own:
+
+{files}
 """
+_FIRST_LINE = re.compile(r"Random weights: a vistower test checkpoint of (\S+), not .*")
+_SEED = re.compile(r"with seed (-?\d+)\.$", re.MULTILINE)
+_FILE = re.compile(r"^    ([0-9a-f]{64})  (\d+)  (\S+)$", re.MULTILINE)
+
+
+def _readme(backbone: Backbone, seed: int, files: Mapping[str, FileRecord]) -> str:
+    lines = (f"    {record.sha256}  {record.size}  {name}" for name, record in files.items())
+    return _README.format(
+        name=backbone.name, hub_id=backbone.hub_id, seed=seed, files="\n".join(lines)
+    )
+
+
+def _recorded_files(path: Path) -> Mapping[str, FileRecord]:
+    text = path.read_text(encoding="utf-8")
+    first, seed = _FIRST_LINE.match(text), _SEED.search(text)
+    if first is None or seed is None:
+        raise ValueError("it is another README")
+    files = {name: FileRecord(int(size), digest) for digest, size, name in _FILE.findall(text)}
+    if text != _readme(find_backbone(first[1]), int(seed[1]), files):
+        raise ValueError("it was edited")
+    return files
+
+
+CHECKPOINT = Kind("random-weight checkpoint", "README.md", _recorded_files)
 
 
 def is_random_weight(config: Mapping[str, Any]) -> bool:
@@ -49,66 +79,51 @@ def write_random_checkpoint(
         name: a known backbone, see :func:`vistower.backbones.find_backbone`.
         directory: where to write; must not exist or be empty.
         seed: of the generator all weights come from.
-        overwrite: replace what ``directory`` holds.
+        overwrite: replace such a checkpoint, where its README proves everything in ``directory``
+            to be part of it, see `vistower_export.ownership`.
 
     Returns:
         ``directory``.
 
     Raises:
         UnsupportedArchitectureError: the name is not known.
-        OutputExistsError: ``directory`` is a file, or holds something and ``overwrite`` is off.
+        OutputExistsError: ``directory`` holds something that may not be replaced.
+        OutputError: ``directory`` cannot be written, or another process is writing it.
     """
     backbone = find_backbone(name)
-    directory = Path(directory)
-    _refuse_existing(directory, overwrite=overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    place, replaced = may_write(Path(directory), CHECKPOINT, overwrite=overwrite)
+    with staged(place) as staging, as_output_error(place):
+        partial = staging.path(place)
+        partial.mkdir()
+        parameters = sum(parameter.numel() for parameter in _empty_model(backbone).parameters())
+        require_space(place, 4 * parameters)
         _write_model(backbone, partial, seed)
         _write_json(partial / "preprocessor_config.json", _processor_config(backbone))
-        (partial / "README.md").write_text(
-            _README.format(name=backbone.name, hub_id=backbone.hub_id, seed=seed), encoding="utf-8"
-        )
-        if directory.exists() and overwrite:
-            replaced = directory.parent / f".{directory.name}.replaced-{os.getpid()}"
-            directory.rename(replaced)
-            partial.rename(directory)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return directory
-
-
-def _refuse_existing(directory: Path, *, overwrite: bool) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise OutputExistsError(
-            f"Cannot write a checkpoint to {str(directory)!r}: it is a file. Choose another path."
-        )
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise OutputExistsError(
-            f"Cannot write a checkpoint to {str(directory)!r}: the directory is not empty. "
-            "Choose another one, or ask to overwrite it."
-        )
+        files = {
+            path.name: FileRecord(path.stat().st_size, sha256(path))
+            for path in sorted(partial.iterdir())
+        }
+        (partial / CHECKPOINT.file).write_text(_readme(backbone, seed, files), encoding="utf-8")
+        staging.publish({place: replaced})
+    return Path(directory)
 
 
 def _write_model(backbone: Backbone, directory: Path, seed: int) -> None:
     import numpy as np
-    import torch
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
-    # On the meta device the module costs nothing, so the weights exist once, as drawn below.
-    with torch.device("meta"):
-        model = _build_model(backbone)
+    model = _empty_model(backbone)
     model.to_empty(device="cpu")
     generator = np.random.default_rng(seed)
     state_dict = {}
     for name, parameter in model.named_parameters():
         _draw(name, parameter.detach().numpy(), backbone, generator)
         state_dict[_released_name(name, backbone)] = parameter.detach()
-    save_torch_state_dict(state_dict, directory, max_shard_size="5GB")
+    try:
+        save_torch_state_dict(state_dict, directory, max_shard_size="5GB")
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
     label = {
         "architectures": [type(model).__name__],
@@ -117,6 +132,14 @@ def _write_model(backbone: Backbone, directory: Path, seed: int) -> None:
         SEED_KEY: seed,
     }
     _write_json(directory / "config.json", model.config.to_diff_dict() | label)
+
+
+def _empty_model(backbone: Backbone) -> PreTrainedModel:
+    """The module on the meta device, where it costs nothing: its weights exist once, as drawn."""
+    import torch
+
+    with torch.device("meta"):
+        return _build_model(backbone)
 
 
 def _released_name(name: str, backbone: Backbone) -> str:

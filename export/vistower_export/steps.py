@@ -1,9 +1,9 @@
 """The export of one checkpoint: load, reference, write, gate, golden vectors, manifest, publish.
 
 Each step takes what it requires and returns what it ensures; `export_bundle` runs them in order.
-Nothing is visible under the output directory before the last step renames the staging directory
-to it. The torch model is freed before ONNX Runtime loads a graph, so that the peak stays near one
-copy of the weights plus one graph.
+Nothing is visible under the output directory before the last step puts the staging directory in
+its place, see `vistower.staging`. The torch model is freed before ONNX Runtime loads a graph, so
+that the peak stays near one copy of the weights plus one graph.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,19 @@ from vistower.bundle.manifest import (
     Preprocessing,
     Source,
 )
-from vistower.errors import OutputExistsError, ProcessorConfigError, UnsupportedArchitectureError
+from vistower.errors import ProcessorConfigError, UnsupportedArchitectureError
 from vistower.execution.ort import onnxruntime
 from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.processor import Preprocessor
+from vistower.staging import as_output_error, require_space, staged
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
 from vistower_export.calibrate import calibrate
 from vistower_export.files import CONFIG, read_json
 from vistower_export.forms import ALWAYS, BY_PRECISION, INT8, ORT
 from vistower_export.graph import IR_VERSION, OPSET
+from vistower_export.ownership import BUNDLE, may_write
 from vistower_export.parity import compare, require_parity, require_same_pixels
 from vistower_export.pictures import (
     SAMPLES,
@@ -56,7 +57,16 @@ from vistower_export.pixels import require_same_processor
 from vistower_export.source import Checkpoint
 from vistower_export.towers import TowerFamily, family_of, tower_config
 from vistower_export.weights import Levels, Tower, arrange
-from vistower_export.write import TRIAL_DIRECTORY, Array, Graphs, Size, View, Written, run
+from vistower_export.write import (
+    TRIAL_DIRECTORY,
+    Array,
+    Graphs,
+    Size,
+    View,
+    Written,
+    least_bytes,
+    run,
+)
 
 LIBRARIES = ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "numpy", "pillow")
 """Libraries whose versions decide the numbers of a bundle."""
@@ -353,7 +363,8 @@ def export_bundle(
 
     Args:
         checkpoint: where the weights are.
-        output: the bundle's directory; made, or replaced with ``overwrite``.
+        output: the bundle's directory; made, or replaced with ``overwrite``. Of a link, what it
+            points to.
         backend: the processor's to agree with, ``torchvision`` or ``pil``; None is the one that
             transformers' ``AutoImageProcessor`` takes, see `vistower_export.reference`.
         precisions: graphs to write besides the float32 ones.
@@ -362,20 +373,26 @@ def export_bundle(
         resolutions: input sizes, (height, width) in pixels, the default one first; empty for the
             processor's own. Only towers without a learned position embedding take others.
         calibration: pictures that help to decide the ranges of int8, besides the samples.
-        overwrite: replace what is at ``output``.
+        overwrite: replace the bundle at ``output``, where everything in it is proven to be ours,
+            see `vistower_export.ownership`.
         on_step: called with the title of each step as it starts.
 
     Raises:
-        OutputExistsError: ``output`` holds something, and ``overwrite`` is off.
+        OutputExistsError: ``output`` holds something that may not be replaced.
+        OutputError: ``output`` cannot be written, or another process is writing it.
         ExportError, ProcessorConfigError: the checkpoint cannot be exported exactly.
         ImageError: a calibration picture cannot be used.
     """
-    if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputExistsError(
-            f"{output} exists and is not empty. Choose another --output, or replace it with "
-            f"--overwrite."
-        )
-    with _staging(output) as staging:
+    place, replaced = may_write(
+        output,
+        BUNDLE,
+        overwrite=overwrite,
+        sources=(checkpoint.directory, *checkpoint.directory.iterdir()),
+    )
+    with staged(place) as published, as_output_error(place):
+        staging = published.path(place)
+        staging.mkdir()
+        require_space(place, least_bytes(read_json(checkpoint.directory / CONFIG), precisions))
         on_step("load the checkpoint")
         loaded = load(checkpoint.directory, backend, precisions, resolutions, staging)
         on_step(
@@ -417,33 +434,5 @@ def export_bundle(
             checkpoint, loaded, preprocessing, graphs.weight_bytes, records, staging
         )
         (staging / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        _publish(staging, output)
+        published.publish({place: replaced})
     return Bundle.load(output)
-
-
-@contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A hidden sibling of the output directory, gone afterwards unless it was renamed."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, output: Path) -> None:
-    """Rename the staging directory to the output, moving an old one out of the way first."""
-    staging.chmod(0o755)
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
-    if not output.exists():
-        staging.rename(output)
-        return
-    with _staging(output) as aside:
-        old = output.rename(aside / "old")
-        try:
-            staging.rename(output)
-        except OSError:
-            old.rename(output)
-            raise

@@ -30,14 +30,15 @@
     │   └── NonFiniteError (ArithmeticError) NaN or infinity in the tokens
     ├── OutputTypeError (RuntimeError)       VISTOWER_OUTPUT asks for what cannot be given
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
-    └── ExportError                          no bundle was written
+    └── ExportError                          nothing was written
         ├── CheckpointNotFoundError (FileNotFoundError)
         ├── CheckpointAccessError (PermissionError)   gated, private, or a refused token
         ├── HubUnreachableError (ConnectionError)     offline, cut off, or the server failed
         ├── CheckpointError (ValueError)              damaged or incomplete checkpoint
         ├── UnsupportedArchitectureError (ValueError)
         ├── ParityError                      a graph disagrees with torch
-        └── OutputExistsError (FileExistsError)
+        └── OutputError (OSError)            no permission or space, or another process writes there
+            └── OutputExistsError (FileExistsError)   what is there may not be replaced
 
 Each message says what was asked, what was found, and what to do. Where another exception was
 the cause, it is chained (``__cause__``).
@@ -159,7 +160,7 @@ class MissingExtraError(VistowerError, ImportError):
 
 
 class ExportError(VistowerError):
-    """A checkpoint could not be exported; no bundle was written."""
+    """What was to be made was not written: a bundle, a checkpoint or embeddings."""
 
 
 class CheckpointNotFoundError(ExportError, FileNotFoundError):
@@ -186,5 +187,9 @@ class ParityError(ExportError):
     """An exported graph disagrees with torch + transformers by more than its tolerance."""
 
 
-class OutputExistsError(ExportError, FileExistsError):
-    """The output directory already holds something."""
+class OutputError(ExportError, OSError):
+    """An output cannot be written there: no permission, no space, or another process does."""
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """What is at an output may not be replaced."""
