@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vistower import DynamicBatcher, VisionEncoder
-from vistower.errors import ClosedError, ImageDecodeError, InferenceError, OptionError
+from vistower import DynamicBatcher, Embeddings, VisionEncoder
+from vistower.errors import (
+    BatchMemoryError,
+    ClosedError,
+    ImageDecodeError,
+    InferenceError,
+    OptionError,
+)
 from vistower_export.pictures import SAMPLES
 
 IMAGES = [np.full((6 + index, 9, 3), index * 7, np.uint8) for index in range(24)]
@@ -138,10 +147,169 @@ def test_a_cancelled_picture_is_left_out(encoder: VisionEncoder, batches: list[i
     assert sum(cancelled) + sum(batches) == 12
 
 
+def answered(batcher: DynamicBatcher, expected: np.ndarray) -> None:
+    """The batcher still works; a hang is an error."""
+    assert close([batcher.submit(IMAGES[0]).result(timeout=30)], expected[:1])
+
+
+def test_a_callback_may_call_back(encoder: VisionEncoder, expected: np.ndarray) -> None:
+    said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def call_back(future: Future[Embeddings]) -> None:
+        said.put(batcher.encode(IMAGES[1]))
+        inner = batcher.submit(IMAGES[2])
+        said.put(inner.result(timeout=30))
+        # The callback of a callback, waited for in it.
+        told = threading.Event()
+        inner.add_done_callback(lambda _: told.set())
+        said.put(told.wait(30))
+
+    with DynamicBatcher(encoder) as batcher:
+        batcher.submit(IMAGES[0]).add_done_callback(call_back)
+        assert close([said.get(timeout=30), said.get(timeout=30)], expected[1:3])
+        assert said.get(timeout=30) is True
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_callback_may_raise(
+    error: type[BaseException],
+    encoder: VisionEncoder,
+    expected: np.ndarray,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def raises(future: Future[Embeddings]) -> None:
+        raise error("of the callback")
+
+    with DynamicBatcher(encoder) as batcher:
+        for _ in range(2):
+            future = batcher.submit(IMAGES[0])
+            future.add_done_callback(raises)
+            assert close([future.result(timeout=30)], expected[:1])
+        answered(batcher, expected)
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [error] * 2
+
+
+def test_a_callback_may_block(encoder: VisionEncoder, expected: np.ndarray) -> None:
+    free = threading.Event()
+    with DynamicBatcher(encoder) as batcher:
+        for image in IMAGES[:8]:
+            batcher.submit(image).add_done_callback(lambda _: free.wait(30))
+        answered(batcher, expected)
+        free.set()
+
+
+def test_a_callback_may_close_the_batcher(encoder: VisionEncoder, expected: np.ndarray) -> None:
+    batcher = DynamicBatcher(encoder)
+    futures = [batcher.submit(image) for image in IMAGES]
+    closed = threading.Event()
+
+    def closes(future: Future[Embeddings]) -> None:
+        batcher.close()
+        closed.set()
+
+    futures[0].add_done_callback(closes)
+    assert closed.wait(30)
+    assert close([future.result(timeout=30) for future in futures], expected)
+    with pytest.raises(ClosedError):
+        batcher.encode(IMAGES[0])
+    batcher.close()
+
+
+def test_a_caller_that_prepares_while_it_is_closed_is_answered(
+    encoder: VisionEncoder, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, closed = threading.Event(), threading.Event()
+    prepare = type(encoder.processor).__call__
+
+    def slow(self: Any, image: Any, out: Any = None) -> Any:
+        begun.set()
+        closed.wait(30)
+        return prepare(self, image, out)
+
+    monkeypatch.setattr(type(encoder.processor), "__call__", slow)
+    batcher = DynamicBatcher(encoder)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(batcher.encode, IMAGES[0])
+        assert begun.wait(30)
+        batcher.close()
+        closed.set()
+        assert close([answer.result(timeout=30)], expected[:1])
+
+
+@pytest.mark.parametrize("error", [KeyError, MemoryError, KeyboardInterrupt, SystemExit])
+def test_every_kind_of_exception_reaches_its_caller(
+    error: type[BaseException],
+    encoder: VisionEncoder,
+    expected: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepare, run = type(encoder.processor).__call__, encoder.session.run
+
+    def fails(self: Any, image: Any, out: Any = None) -> Any:
+        if image is IMAGES[1]:
+            raise error("while preparing")
+        return prepare(self, image, out)
+
+    def breaks(pixel_values: np.ndarray) -> np.ndarray:
+        raise error("while computing")
+
+    with DynamicBatcher(encoder) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(encoder.processor), "__call__", fails)
+            with pytest.raises(error, match="while preparing"):
+                batcher.encode(IMAGES[1])
+            with pytest.raises(error, match="while preparing"):
+                batcher.submit(IMAGES[1]).result(timeout=30)
+            answered(batcher, expected)
+            patch.setattr(encoder.session, "run", breaks)
+            with pytest.raises(InferenceError, match="while computing") as caught:
+                batcher.encode(IMAGES[0])
+            assert type(caught.value.__cause__) is error
+        assert encoder.session.run == run
+        answered(batcher, expected)
+
+
+def test_a_batchs_error_keeps_its_type(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(pixel_values: np.ndarray) -> np.ndarray:
+        raise BatchMemoryError("no memory left")
+
+    monkeypatch.setattr(encoder.session, "run", fails)
+    with DynamicBatcher(encoder) as batcher, pytest.raises(BatchMemoryError, match="no memory"):
+        batcher.encode(IMAGES[0])
+
+
+def test_an_answer_that_somebody_else_gave(encoder: VisionEncoder, expected: np.ndarray) -> None:
+    with DynamicBatcher(encoder) as batcher:
+        future = batcher.submit(IMAGES[0])
+        with suppress(InvalidStateError):
+            future.set_result(None)  # type: ignore[arg-type]
+        answered(batcher, expected)
+
+
+def test_a_dropped_batcher_leaves_no_thread(encoder: VisionEncoder, expected: np.ndarray) -> None:
+    before = set(threading.enumerate())
+    batcher = DynamicBatcher(encoder)
+    batcher.encode(IMAGES[0])
+    # What was asked for is answered; kept futures keep nothing else.
+    futures = [batcher.submit(image) for image in IMAGES]
+    futures[0].add_done_callback(lambda _: None)
+    del batcher
+    gc.collect()
+    assert close([future.result(timeout=30) for future in futures], expected)
+    deadline = time.monotonic() + 30
+    while not set(threading.enumerate()) <= before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) <= before
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"max_batch": 0}, "max_batch=0"),
+        ({"max_batch": True}, "max_batch=True"),
+        ({"max_wait": None}, "max_wait=None"),
         ({"max_wait": -1}, "max_wait=-1"),
         ({"max_wait": float("nan")}, "max_wait=nan"),
         ({"workers": 0}, "workers=0"),

@@ -18,14 +18,17 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from vistower.arguments import whole_number
 from vistower.errors import ImageError, OptionError
+from vistower.forks import Process
+from vistower.pools import Pool, submit
 from vistower.preprocess.images import ImageInput, detached
 from vistower.tokens import TokenLayout
 
@@ -56,9 +59,8 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("workers", 1), ("prefetch", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise OptionError(f"{name}={value!r} was asked for; it is an integer ≥ {least}.")
+            number = whole_number(name, getattr(self, name), least)
+            object.__setattr__(self, name, number)
         if self.on_error not in get_args(OnError):
             raise OptionError(
                 f"on_error={self.on_error!r} is not known. Use {', '.join(get_args(OnError))}."
@@ -103,7 +105,7 @@ class _Batch:
     start: int
     pixel_values: Array
     sources: list[ImageInput] = field(default_factory=list)
-    rows: list[Future[None]] = field(default_factory=list)
+    rows: list[Future[object]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,9 @@ class Pipeline:
         self._batches: deque[Future[_Done]] = deque()
         self._ready: deque[StreamResult | BaseException] = deque()
         self._buffers: deque[Array] = deque()
-        self._workers = ThreadPoolExecutor(options.workers, thread_name_prefix="vistower-prepare")
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="vistower-forward")
+        self._process = Process()
+        self._workers = Pool(options.workers, "vistower-prepare")
+        self._model = Pool(1, "vistower-forward")
 
     @property
     def has_room(self) -> bool:
@@ -163,9 +166,9 @@ class Pipeline:
         out = batch.pixel_values[len(batch.rows)]
         batch.sources.append(image)
         try:
-            batch.rows.append(self._workers.submit(self._prepare, detached(image), out))  # type: ignore[arg-type]
+            batch.rows.append(submit(self._workers, self._prepare, detached(image), out))
         except ImageError as error:
-            failed: Future[None] = Future()
+            failed: Future[object] = Future()
             failed.set_exception(error)
             batch.rows.append(failed)
         self._pulled += 1
@@ -175,7 +178,7 @@ class Pipeline:
     def flush(self) -> None:
         """Queue the batch that is not full: the source has ended."""
         if self._open is not None:
-            self._batches.append(self._model.submit(self._run, self._open))
+            self._batches.append(submit(self._model, self._run, self._open))
             self._open = None
 
     def waiting_for(self) -> Future[_Done] | None:
@@ -219,9 +222,20 @@ class Pipeline:
 
     def close(self) -> None:
         """Drop what is not running yet, wait for what is, and end the threads."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
-        self._model.shutdown(wait=True, cancel_futures=True)
-        self._workers.shutdown(wait=True)
+        if self._process.is_here:
+            # The garbage collector may call this in any thread, in one of these too.
+            own = self._workers.is_calling or self._model.is_calling
+            self._workers.end(wait=False, drop=True)
+            self._model.end(wait=not own, drop=True)
+            self._workers.end(wait=not own)
+
+    def require_here(self) -> None:
+        """Raise where the stream was inherited through fork.
+
+        Raises:
+            InferenceError: see there.
+        """
+        self._process.require("stream")
 
     def _buffer(self) -> Array:
         # A fresh batch costs page faults; the pictures of the one before have been computed.
@@ -249,6 +263,7 @@ def stream(
     try:
         source: Iterator[ImageInput] | None = iter(images)
         while True:
+            pipeline.require_here()
             while source is not None and pipeline.has_room:
                 try:
                     image = next(source)
@@ -283,6 +298,7 @@ async def astream(
     try:
         source: AsyncIterator[ImageInput] | None = _aiter(images)
         while True:
+            pipeline.require_here()
             while source is not None and pipeline.has_room:
                 try:
                     image = await anext(source)
