@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import itertools
 import threading
@@ -243,6 +244,84 @@ def test_stopping_early_ends_the_threads(encoder: VisionEncoder) -> None:
     next(stream)
     stream.close()
     assert list(stream) == []
+
+
+def test_a_stream_that_nobody_begins_starts_nothing(encoder: VisionEncoder) -> None:
+    before = threading.active_count()
+    dropped = [encoder.encode_stream(shapes(3)), encoder.aencode_stream(shapes(3))]
+    encoder.encode_stream(shapes(3)).close()
+    assert threading.active_count() == before
+    del dropped
+
+
+def test_two_threads_at_one_stream_share_it_or_are_refused(encoder: VisionEncoder) -> None:
+    stream = encoder.encode_stream(shapes(40), batch_size=4)
+    have: list[int] = []
+    said: list[str] = []
+
+    def pull() -> None:
+        while True:
+            try:
+                have.append(next(stream).index)
+            except StopIteration:
+                return
+            except ValueError as error:
+                said.append(str(error))
+
+    threads = [threading.Thread(target=pull) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(have) == list(range(40))
+    assert set(said) <= {"generator already executing"}
+
+
+@pytest.mark.parametrize("thread", ["vistower-forward", "vistower-prepare"])
+def test_the_garbage_collector_may_end_a_stream_in_its_own_thread(
+    thread: str, dinov3_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = VisionEncoder.open(dinov3_bundle, device="cpu")
+    run, prepare = encoder.session.run, type(encoder.processor).__call__
+    dropped, collected = threading.Event(), threading.Event()
+
+    def collect_there() -> None:
+        if threading.current_thread().name.startswith(thread) and calls.__next__() > 8:
+            dropped.wait(30)
+            # The tower waits for the picture that this thread prepares.
+            while thread == "vistower-prepare" and len(computed) < 9:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            gc.collect()
+            collected.set()
+
+    def running(pixel_values: np.ndarray) -> np.ndarray:
+        collect_there()
+        computed.append(1)
+        return run(pixel_values)
+
+    def preparing(self: Any, image: Any, out: Any = None) -> Any:
+        collect_there()
+        return prepare(self, image, out)
+
+    monkeypatch.setattr(encoder.session, "run", running)
+    monkeypatch.setattr(type(encoder.processor), "__call__", preparing)
+    calls, computed = itertools.count(), list[int]()
+    cycle: list[Any] = [encoder.encode_stream(shapes(99), batch_size=1, prefetch=9, workers=1)]
+    cycle.append(cycle)
+    next(cycle[0])
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        del cycle
+        dropped.set()
+        assert collected.wait(30)
+    finally:
+        gc.enable()
+    for one in before:
+        if one.name.startswith(("vistower-forward", "vistower-prepare")):
+            one.join(30)
+            assert not one.is_alive()
 
 
 def test_many_streams_of_one_encoder_at_once(encoder: VisionEncoder) -> None:

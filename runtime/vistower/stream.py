@@ -319,7 +319,10 @@ async def astream(
         if failure is not None:
             raise failure
     finally:
-        await asyncio.to_thread(pipeline.close)
+        try:
+            await asyncio.to_thread(pipeline.close)
+        except RuntimeError:  # The loop is closed, or its threads have ended.
+            pipeline.close()
 
 
 async def _each(images: Iterable[ImageInput]) -> AsyncIterator[ImageInput]:

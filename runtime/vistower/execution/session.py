@@ -26,6 +26,7 @@ from vistower.execution.memory import CudaMemory, HostMemory, Memory
 from vistower.execution.ort import onnxruntime
 from vistower.execution.providers import Providers, SessionOptions
 from vistower.execution.workers import CallingThread, Worker, gpu_worker
+from vistower.foreign import foreign_code
 from vistower.forks import Process, kept_in_children
 from vistower.output import DeviceArray
 from vistower.threads import available_cpus
@@ -100,7 +101,8 @@ class Session:
             self._worker = CallingThread()
         self.layout = layout
         loading = Loading(graph, self.device, self.options, self.threads, asked, layout)
-        loaded = loading.load(self._worker)
+        with foreign_code:
+            loaded = loading.load(self._worker)
         self._session, self.placement = loaded.session, loaded.placement
         self._source, self._target = loaded.source, loaded.target
         if self._worker is not None:
@@ -160,12 +162,13 @@ class Session:
             InferenceError: ONNX Runtime failed, or the session was inherited through fork.
         """
         self._process.require("encoder")
-        try:
-            tokens = self._forward(pixel_values)
-        except Exception as error:
-            if not out_of_memory(error) or len(pixel_values) < 2:
-                raise self._failed(pixel_values, error) from error
-            tokens = self._halved(pixel_values, error)
+        with foreign_code:
+            try:
+                tokens = self._forward(pixel_values)
+            except Exception as error:
+                if not out_of_memory(error) or len(pixel_values) < 2:
+                    raise self._failed(pixel_values, error) from error
+                tokens = self._halved(pixel_values, error)
         return tokens if tokens.dtype == np.float32 else tokens.astype(np.float32)
 
     def _forward(
@@ -227,6 +230,10 @@ class Session:
             InferenceError: ONNX Runtime failed, or the session was inherited through fork.
         """
         self._process.require("encoder")
+        with foreign_code:
+            return self._left_on_device(pixel_values)
+
+    def _left_on_device(self, pixel_values: npt.NDArray[Any]) -> DeviceArray:
         try:
             if self._worker is None:
                 module = onnxruntime()
@@ -259,13 +266,8 @@ class Session:
             batch = (noise / 255 if self._source.dtype.kind == "f" else noise).astype(
                 self._source.dtype
             )
-            try:
-                if self._worker is None:
-                    warmed = Warmed(size, self._timed(batch), self._timed(batch), graph=False)
-                else:
-                    warmed = self._worker.run_alone(self._bound.warm, batch)
-            except Exception as error:
-                raise self._failed(batch, error) from error
+            with foreign_code:
+                warmed = self._warmed(batch)
             report.append(warmed)
             logger.info(
                 "warmed up %s: batch %d, first %.0f ms, next %.1f ms%s",
@@ -276,6 +278,14 @@ class Session:
                 ", CUDA graph" if warmed.graph else "",
             )
         return tuple(report)
+
+    def _warmed(self, batch: npt.NDArray[Any]) -> Warmed:
+        try:
+            if self._worker is None:
+                return Warmed(len(batch), self._timed(batch), self._timed(batch), graph=False)
+            return self._worker.run_alone(self._bound.warm, batch)
+        except Exception as error:
+            raise self._failed(batch, error) from error
 
     def _timed(self, batch: npt.NDArray[Any]) -> float:
         start = time.perf_counter()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from vistower.foreign import foreign_code
 from vistower.forks import in_every_child, never_free
 from vistower.preprocess.resize import Filter
 
@@ -111,7 +112,8 @@ class _Tools:
         # Fresh memory costs page faults: about as much as the resize.
         if result is None or result.size != size:
             result = self._results[axis] = Image.new("RGB", size)
-        self._resizer.resize_pil(image, result, self._options[kind])
+        with foreign_code:
+            self._resizer.resize_pil(image, result, self._options[kind])
         return result
 
     def forget_results(self) -> None:
