@@ -322,7 +322,6 @@ def describe(
         layout=loaded.views[0].layout,
         preprocessing=preprocessing,
         graphs=graphs,
-        golden=GOLDEN_DIRECTORY,
         made_with=made_with,
         weight_bytes=weight_bytes,
         export_peak_bytes=peak_bytes(),

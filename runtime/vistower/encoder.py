@@ -135,18 +135,13 @@ class VisionEncoder:
             taken, options, reason = _choose(found, on, precision, resolution, options)
             if on[0].on_gpu and precision == "auto":
                 why += f"; {taken.precision}: {reason}"
-        path, layout = taken.path, found.layout_at(taken.resolution)
         session: Session | Replicas
         if devices is not None:
             share = max(1, (threads or available_cpus()) // max(1, len(chosen)))
-            session = Replicas(
-                [Session(path, one, share, options=options, layout=layout) for one in chosen]
-            )
+            session = Replicas([Session(taken, one, share, options=options) for one in chosen])
         else:
             one = chosen[0] if chosen else "auto"
-            session = Session(
-                path, one, threads, providers=providers, options=options, layout=layout
-            )
+            session = Session(taken, one, threads, providers=providers, options=options)
         encoder = cls(found, taken, session, _guard(found, taken, session, options))
         encoder.processor = replace(encoder.processor, decode=decode)
         weights = "random-weight " if found.manifest and found.manifest.source.random_weight else ""
@@ -319,7 +314,7 @@ class VisionEncoder:
         Raises:
             ImageFormatError: another shape or dtype.
             InferenceError: ONNX Runtime failed.
-            NonFiniteError: NaN or infinity from a graph of reduced precision.
+            NonFiniteError: NaN or infinity in the tokens.
         """
         batch = self._checked(pixel_values)
         tokens = self.session.run(batch)
@@ -387,14 +382,16 @@ def _choose(
 def _guard(
     bundle: Bundle, graph: BundleGraph, session: Session | Replicas, options: SessionOptions | None
 ) -> FiniteGuard | None:
-    """The guard of a graph of reduced precision; fp32 needs none."""
+    """The guard of a graph's tokens; only reduced precision has anything to fall back to."""
     policy = (options or SessionOptions()).non_finite
-    if graph.precision not in REDUCED or policy == "ignore":
+    if policy == "ignore":
         return None
-    full = bundle.graphs_at(graph.resolution, pixels=graph.pixels).get("fp32")
     what = f"{bundle.name} in {graph.precision} on {session.device}"
-    fallback = full.path if full is not None and policy == "fp32" else None
-    return FiniteGuard(what, fallback, session.device)
+    if graph.precision not in REDUCED:
+        return FiniteGuard(what, None, session.device, reduced=False)
+    full = bundle.graphs_at(graph.resolution, pixels=graph.pixels).get("fp32")
+    fallback = full if policy == "fp32" else None
+    return FiniteGuard(what, fallback, session.device, reduced=True)
 
 
 def _reopen(

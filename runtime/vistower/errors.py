@@ -46,9 +46,19 @@ the cause, it is chained (``__cause__``).
 
 from __future__ import annotations
 
+from vistower.printable import printable
+
 
 class VistowerError(Exception):
-    """Base of every exception vistower raises on purpose."""
+    """Base of every exception vistower raises on purpose.
+
+    A message quotes names of files, bundles and checkpoints: what a terminal would act on is
+    escaped in it.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        """Take a message."""
+        super().__init__(*(printable(x) if isinstance(x, str) else x for x in arguments))
 
 
 class ImageError(VistowerError, ValueError):

@@ -13,15 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import Bundle
+from vistower.bundle.golden_file import GoldenFile
+from vistower.bundle.manifest import GOLDEN_FILE
 from vistower.encoder import VisionEncoder
-from vistower.errors import BundleUnsupportedError, GoldenMismatchError
+from vistower.errors import (
+    BundleCorruptError,
+    BundleUnsupportedError,
+    GoldenMismatchError,
+    PrecisionError,
+)
 from vistower.execution.cuda_problems import choose_device
 from vistower.execution.device import DeviceLike
 from vistower.precision import can_run
 from vistower.tolerance import PIXEL_TOLERANCE, TOLERANCES
 
-GOLDEN_DIRECTORY = "golden"
-GOLDEN_ARRAYS = "golden.npz"
+GOLDEN_DIRECTORY, _, GOLDEN_ARRAYS = GOLDEN_FILE.partition("/")
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,9 @@ def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
 
     Raises:
         BundleUnsupportedError: the bundle was not written by vistower, so has no golden vectors.
-        BundleCorruptError: a file is missing or was edited.
+        BundleCorruptError: a file is missing or was edited, or there is nothing to compare with.
         GoldenMismatchError: the first difference above its tolerance, named.
+        PrecisionError: the device runs none of the graphs.
     """
     manifest = bundle.manifest
     if manifest is None:
@@ -52,37 +59,46 @@ def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
             f"vectors to replay."
         )
     bundle.check()
-    directory = bundle.directory / GOLDEN_DIRECTORY
-    with np.load(directory / GOLDEN_ARRAYS, allow_pickle=False) as arrays:
-        golden = dict(arrays)
-    for key in sorted(key for key in golden if key.endswith("/pixel_values")):
-        name = key.removesuffix("/pixel_values")
-        want = golden[key][0]
-        have = bundle.preprocessor_at(want.shape[1:])(directory / f"{_picture(name)}.png")
-        yield _compared(f"pixel_values of {name}", have, want, np.ones(len(want)), PIXEL_TOLERANCE)
+    layouts = {size: bundle.layout_at(size) for size in bundle.resolutions}
     on = choose_device(device).device
-    for kind, record in manifest.graphs.items():
-        if not can_run(on, record.precision, record.domains):
-            continue
-        encoder = VisionEncoder.open(bundle.directory, device=device, graph=kind)
-        allowed = TOLERANCES[record.precision].max_rel
-        for name in sorted({key.split("/")[0] for key in golden}):
-            pixel_values = golden[f"{name}/pixel_values"]
-            if pixel_values.shape[2:] != record.image_size:
+    with GoldenFile(bundle.directory / GOLDEN_FILE, layouts) as golden:
+        files = {}
+        for one in golden.pictures:
+            name = f"{GOLDEN_DIRECTORY}/{one.picture}.png"
+            if name not in manifest.files:
+                raise BundleCorruptError(
+                    f"{bundle.directory} has golden vectors of {name}, which is not among the "
+                    f"files of its manifest. Export the bundle again."
+                )
+            files[one] = bundle.directory / name
+            want = golden.pixel_values(one)
+            have = bundle.preprocessor_at(one.resolution)(files[one])
+            what = f"pixel_values of {one.name}"
+            yield _compared(what, have, want, np.ones(len(want)), PIXEL_TOLERANCE)
+        ran = 0
+        for kind, record in manifest.graphs.items():
+            if not can_run(on, record.precision, record.domains):
                 continue
-            have = encoder.forward(encoder.preprocess(directory / f"{_picture(name)}.png"))[0]
-            want = golden[f"{name}/last_hidden_state"][0]
-            norm = np.linalg.norm(want, axis=-1)
-            yield _compared(f"{kind} graph, tokens of {name}", have, want, norm, allowed)
+            encoder = VisionEncoder.open(bundle.directory, device=device, graph=kind)
+            allowed = TOLERANCES[record.precision].max_rel
+            for one, file in files.items():
+                if one.resolution != record.image_size:
+                    continue
+                have = encoder.forward(encoder.preprocess(file))[0]
+                want = golden.last_hidden_state(one)
+                norm = np.linalg.norm(want, axis=-1)
+                yield _compared(f"{kind} graph, tokens of {one.name}", have, want, norm, allowed)
+                ran += 1
+    if not ran:
+        raise PrecisionError(
+            f"{on} runs none of the graphs of {bundle.directory} ({', '.join(manifest.graphs)}): "
+            f"their tokens were not compared. Verify on another --device."
+        )
 
 
 def golden_name(picture: str, resolution: tuple[int, int]) -> str:
     """What the arrays of a golden picture are called at a (height, width) in pixels."""
     return f"{picture}@{resolution[0]}x{resolution[1]}"
-
-
-def _picture(name: str) -> str:
-    return name.partition("@")[0]
 
 
 def _compared(
@@ -93,7 +109,8 @@ def _compared(
     allowed: float,
 ) -> Replay:
     """Compare two arrays of one shape; ``scale`` divides the differences along axis 0."""
-    difference = np.abs(have - want) / scale.reshape(-1, *[1] * (want.ndim - 1))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        difference = np.abs(have - want) / scale.reshape(-1, *[1] * (want.ndim - 1))
     worst = float(difference.max())
     if worst <= allowed:
         return Replay(what, worst, allowed)

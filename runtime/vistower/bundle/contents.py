@@ -3,34 +3,39 @@
 A bundle is a directory with ``config.json``, ``preprocessor_config.json``, ONNX graphs and, when
 vistower's exporter wrote it, ``vistower.json``. Without the last (``optimum-cli export onnx``,
 public ONNX repositories) the token layout is read from ``config.json``.
+
+Nothing in it is believed: docs/bundle.md says what is checked when. Files may be links, as in the
+caches of a model hub, git-annex or DVC: what counts is the content, whose hash the manifest has.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vistower.backbones import BACKBONES, CONFIG_DEFAULTS
-from vistower.bundle.manifest import MANIFEST_FILE, Manifest
-from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
+from vistower.bundle.configs import (
+    check_config,
+    check_processor,
+    layout_of,
+    read_config,
+    tower_part,
+)
+from vistower.bundle.graph_file import read_graph
+from vistower.bundle.graphs import BundleGraph, check_file, held_precision
+from vistower.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, PROCESSOR_FILE, Manifest
+from vistower.bundle.reading import read_json, regular_file
+from vistower.errors import BundleCorruptError, BundleNotFoundError
 from vistower.lazy import cached_property
 from vistower.preprocess.processor import Pixels, Preprocessor
+from vistower.printable import printable
 from vistower.tokens import TokenLayout
 from vistower.tolerance import GraphPrecision
 
-CONFIG_FILE = "config.json"
-PROCESSOR_FILE = "preprocessor_config.json"
 PLAIN_GRAPHS = ("onnx/model.onnx", "model.onnx")
 """Where a bundle without ``vistower.json`` keeps its graph: hub repositories, then optimum-cli."""
-
-_HASH_AT_OPEN = 1 << 20
-"""Files up to this many bytes are hashed when a bundle is opened; larger ones only compared in
-size, so that opening stays fast. ``vistower verify`` hashes all."""
 
 
 @dataclass(frozen=True)
@@ -44,103 +49,88 @@ class Bundle:
     def load(cls, directory: str | os.PathLike[str]) -> Bundle:
         """Load and check the bundle in a directory.
 
+        Large files are hashed when a graph that needs them is opened, see `BundleGraph.checked`.
+
         Raises:
             BundleNotFoundError: the directory does not exist or holds no bundle.
-            BundleCorruptError: a file is missing or is not what the manifest says.
+            BundleCorruptError: a file is missing or is not what the manifest says, or the files
+                contradict each other.
             BundleUnsupportedError: unknown format version or architecture.
+            ProcessorConfigError: an option of the image processor that is not reproduced.
         """
         path = Path(directory)
-        if not path.is_dir():
+        if not is_directory(path):
             raise BundleNotFoundError(
                 f"There is no directory {path}. Give the directory `vistower export` wrote."
             )
-        if (path / MANIFEST_FILE).is_file():
-            bundle = cls(path, Manifest.read(path / MANIFEST_FILE))
-            bundle.check(hash_up_to=_HASH_AT_OPEN)
+        manifest = None
+        # A link to nowhere is no bundle of another exporter.
+        if os.path.lexists(path / MANIFEST_FILE):
+            manifest = Manifest.read(path / MANIFEST_FILE)
+        bundle = cls(path, manifest)
+        if manifest is None:
+            bundle._check_foreign()
             return bundle
-        if plain_graph(path) is None:
-            raise BundleNotFoundError(nothing_here(path))
+        for name, record in manifest.files.items():
+            check_file(path / name, record, "never")
+        layout = manifest.layout
+        check_config(path / CONFIG_FILE, bundle.config, manifest.model_type, layout)
+        check_processor(path / PROCESSOR_FILE, bundle.preprocessor, layout.image_size)
+        return bundle
+
+    def _check_foreign(self) -> None:
+        graph = plain_graph(self.directory)
+        if graph is None:
+            raise BundleNotFoundError(nothing_here(self.directory))
+        regular_file(graph)
         for name in (CONFIG_FILE, PROCESSOR_FILE):
-            if not (path / name).is_file():
+            if not os.path.lexists(self.directory / name):
                 raise BundleCorruptError(
-                    f"{path} has an ONNX graph but no {name}. Copy it from the checkpoint the "
-                    f"graph was exported from."
+                    f"{self.directory} has an ONNX graph but no {name}. Copy it from the "
+                    f"checkpoint the graph was exported from."
                 )
-        return cls(path, None)
+        # Reads, compares and refuses.
+        _ = self.layout, self._graphs
 
-    def check(self, *, hash_up_to: int | None = None) -> None:
-        """Compare every file with the manifest: its size, and its SHA-256 up to a size in bytes.
+    def check(self) -> None:
+        """Compare every file's SHA-256 with the manifest, and every graph with its record.
 
-        ``hash_up_to=None`` hashes all. A bundle without a manifest has nothing to compare with.
+        Everything is hashed, and what was remembered of it is renewed. A bundle without a
+        manifest has no hashes to compare with.
 
         Raises:
             BundleCorruptError: naming the first file that is missing or differs.
         """
-        if self.manifest is None:
-            return
-        for name, record in self.manifest.files.items():
-            path = self.directory / name
-            if not path.is_file():
-                raise BundleCorruptError(
-                    f"The bundle {self.directory} lacks {name}. Export it again."
-                )
-            size = path.stat().st_size
-            if size != record.size:
-                raise BundleCorruptError(
-                    f"{path} has {size} bytes, but its manifest says {record.size}. It was edited "
-                    f"or not written fully: export the bundle again."
-                )
-            if (hash_up_to is None or size <= hash_up_to) and sha256(path) != record.sha256:
-                raise BundleCorruptError(
-                    f"{path} is not the file its manifest describes (SHA-256 differs). It was "
-                    f"edited: export the bundle again."
-                )
+        if self.manifest is not None:
+            for name, record in self.manifest.files.items():
+                check_file(self.directory / name, record, "now")
+        for graph in self.graphs:
+            graph.checked()
 
     @property
     def name(self) -> str:
         """The checkpoint's name, e.g. ``clip-vit-base-patch32``."""
-        return self.manifest.source.name if self.manifest else self.directory.resolve().name
+        if self.manifest is not None:
+            return self.manifest.source.name
+        return printable(self.directory.resolve().name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The vision tower's part of ``config.json``, with the defaults it leaves out."""
-        config = _read_json(self.directory / CONFIG_FILE)
-        vision = config.get("vision_config")
-        if isinstance(vision, dict):
-            known = (
-                {"model_type": "clip_vision_model"} if config.get("model_type") == "clip" else {}
-            )
-            config = known | vision
-        return {**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+        return tower_part(read_config(self.directory / CONFIG_FILE))
 
     @cached_property
     def layout(self) -> TokenLayout:
         """Where CLS, register and patch tokens lie."""
         if self.manifest is not None:
             return self.manifest.layout
-        config = self.config
-        model_type = config.get("model_type")
-        if model_type not in {backbone.family for backbone in BACKBONES.values()}:
-            raise BundleUnsupportedError(
-                f"{self.directory / CONFIG_FILE} says model_type={model_type!r}; without a "
-                f"{MANIFEST_FILE} only clip_vision_model and dinov3_vit are understood."
-            )
-        try:
-            return TokenLayout(
-                image_size=self.preprocessor.output_size,
-                patch_size=int(config["patch_size"]),
-                num_register_tokens=int(config.get("num_register_tokens", 0)),
-                hidden_size=int(config["hidden_size"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleCorruptError(
-                f"{self.directory / CONFIG_FILE} does not describe the tower ({error!r})."
-            ) from error
+        path = self.directory / CONFIG_FILE
+        return layout_of(path, self.config, self.preprocessor.output_size)
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
         """The image processor of ``preprocessor_config.json``, reproduced in NumPy."""
-        config = _read_json(self.directory / PROCESSOR_FILE)
+        config = read_json(self.directory / PROCESSOR_FILE)
         if self.manifest is None:
             return Preprocessor.from_config(config)
         reference = self.manifest.preprocessing
@@ -222,72 +212,78 @@ class Bundle:
                 found[graph.precision] = graph
         return found
 
+    @property
+    def graphs(self) -> Iterator[BundleGraph]:
+        """Every graph."""
+        return iter(self._graphs.values())
+
     @cached_property
     def _graphs(self) -> dict[str, BundleGraph]:
         if self.manifest is None:
             plain = plain_graph(self.directory)
             assert plain is not None  # noqa: S101  (load() found it)
-            size = self.layout.image_size
-            return {"portable": BundleGraph("portable", plain, "fp32", size, "float32", True)}
+            facts = read_graph(plain)
+            graph = BundleGraph(
+                name="portable",
+                path=plain,
+                precision=held_precision(plain, facts),
+                pixels="float32",
+                portable=all(domain == "" for domain, _ in facts.operators),
+                layout=self.layout,
+                directory=self.directory,
+                record=None,
+                files={},
+            )
+            return {graph.name: graph}
         return {
             name: BundleGraph(
                 name=name,
                 path=self.directory / record.file,
                 precision=record.precision,
-                resolution=record.image_size,
                 pixels=record.pixels,
                 portable=not set(record.domains) - {""},
+                layout=self.layout_at(record.image_size),
+                directory=self.directory,
+                record=record,
+                files=self.manifest.files,
             )
             for name, record in self.manifest.graphs.items()
         }
 
 
-@dataclass(frozen=True)
-class BundleGraph:
-    """A graph of a bundle: its name and file, its precision, the (height, width) it takes, of
-    which pixels, and whether it has standard operators only."""
-
-    name: str
-    path: Path
-    precision: GraphPrecision
-    resolution: tuple[int, int]
-    pixels: Pixels
-    portable: bool
+def is_directory(path: Path) -> bool:
+    """Whether there is such a directory; of a path that no system takes, there is none."""
+    try:
+        return path.is_dir()
+    # Too long a name, a loop of links, no permission on the way there, a NUL.
+    except (OSError, ValueError):
+        return False
 
 
 def _pixels(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def plain_graph(directory: Path) -> Path | None:
-    """The graph of a bundle without a manifest, if the directory has one."""
-    return next((directory / name for name in PLAIN_GRAPHS if (directory / name).is_file()), None)
+    """The graph of a bundle without a manifest, if the directory has one, be it a dead link."""
+    return next(
+        (directory / name for name in PLAIN_GRAPHS if os.path.lexists(directory / name)), None
+    )
+
+
+def holds_bundle(directory: Path) -> bool:
+    """Whether a directory is meant to be a bundle, be it a broken one."""
+    return os.path.lexists(directory / MANIFEST_FILE) or plain_graph(directory) is not None
 
 
 def nothing_here(path: Path) -> str:
     """What to say of a directory that holds no bundle."""
-    files = sorted(entry.name for entry in path.iterdir())[:8]
-    found = ", ".join(files) if files else "nothing"
+    try:
+        files = sorted(entry.name for entry in path.iterdir())[:8]
+        found = ", ".join(files) if files else "nothing"
+    except OSError as error:
+        found = f"it cannot be read: {error.strerror}"
     return (
         f"{path} holds no bundle (found: {found}). A bundle has {MANIFEST_FILE}, or {CONFIG_FILE}, "
         f"{PROCESSOR_FILE} and onnx/model.onnx: make one with `vistower export`."
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleCorruptError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(data, Mapping):
-        raise BundleCorruptError(f"{path} holds {type(data).__name__}, not a JSON object.")
-    return dict(data)

@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vistower.backbones import BACKBONES
-from vistower.bundle.contents import CONFIG_FILE, Bundle, nothing_here, plain_graph
-from vistower.bundle.manifest import MANIFEST_FILE
-from vistower.errors import BundleCorruptError, BundleNotFoundError, BundleUnsupportedError
+from vistower.bundle.contents import Bundle, holds_bundle, is_directory, nothing_here
+from vistower.bundle.manifest import CONFIG_FILE
+from vistower.errors import (
+    BundleCorruptError,
+    BundleError,
+    BundleNotFoundError,
+    ProcessorConfigError,
+)
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -66,14 +71,14 @@ def find_bundle(model: str | os.PathLike[str]) -> Bundle:
     """
     text = os.fspath(model)
     path = Path(text).expanduser()
-    if not path.is_dir():
+    if not is_directory(path):
         if path.is_absolute() or text.startswith((".", "~")) or path.exists():
             raise BundleNotFoundError(
                 f"There is no directory {path}. Give a bundle's directory, or a hub id whose "
                 f"bundle is in the cache {cache_directory()}."
             )
         return _cached_hub_bundle(text)
-    if (path / MANIFEST_FILE).is_file() or plain_graph(path) is not None:
+    if holds_bundle(path):
         return Bundle.load(path)
     if not (path / CONFIG_FILE).is_file():
         raise BundleNotFoundError(nothing_here(path))
@@ -116,7 +121,7 @@ def _cached_checkpoint_bundle(path: Path) -> Bundle:
     return bundle
 
 
-def cached_bundles() -> Iterator[tuple[Path, Bundle | BundleCorruptError | BundleUnsupportedError]]:
+def cached_bundles() -> Iterator[tuple[Path, Bundle | BundleError | ProcessorConfigError]]:
     """Every entry of the cache directory, sorted, with its bundle or what is wrong with it."""
     root = cache_directory()
     if not root.is_dir():
@@ -126,7 +131,7 @@ def cached_bundles() -> Iterator[tuple[Path, Bundle | BundleCorruptError | Bundl
             continue
         try:
             yield path, Bundle.load(path)
-        except (BundleCorruptError, BundleUnsupportedError) as error:
-            yield path, error
         except BundleNotFoundError:
             continue
+        except (BundleError, ProcessorConfigError) as error:
+            yield path, error

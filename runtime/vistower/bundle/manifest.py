@@ -1,7 +1,7 @@
 """``vistower.json``: what a bundle says about itself, as frozen dataclasses.
 
-The exporter writes it last, so a directory that has one is complete. Unknown keys are an error:
-a bundle of a newer vistower is refused instead of half-understood.
+The exporter writes it last, so a directory that has one is complete. It is checked whole, by
+`MANIFEST` and `_check_relations`, before any other file is opened; docs/bundle.md is its reference.
 """
 
 from __future__ import annotations
@@ -11,15 +11,138 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from vistower.backbones import Family
+from vistower.bundle.reading import read_json
+from vistower.schema import (
+    Choice,
+    Flag,
+    ListOf,
+    MapOf,
+    Maybe,
+    Real,
+    Record,
+    SchemaError,
+    Text,
+    Whole,
+)
 from vistower.errors import BundleCorruptError, BundleUnsupportedError
-from vistower.preprocess.processor import Pixels, Transparency
+from vistower.preprocess.processor import Backend, Pixels, Transparency
 from vistower.tokens import TokenLayout
 from vistower.tolerance import TOLERANCES, GraphPrecision
 
 MANIFEST_FILE = "vistower.json"
+CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
+GOLDEN_FILE = "golden/golden.npz"
 FORMAT_VERSION = 1
+
+DOMAINS = ("", "com.microsoft")
+"""Operator domains of a bundle's graphs: the standard's, and ONNX Runtime's own."""
+
+MOST_FILES = 4096
+MOST_GRAPHS = 512
+
+_BYTES = Whole(0, 1 << 62)
+_SIDE = Whole(1, 1 << 14)
+"""Pixels of a picture's or a patch's side."""
+
+_SIZE = ListOf(_SIDE, 2, 2)
+_FILE = Text(
+    r"(?!\.\.?(/|$))[^\\/:*?\"<>|]+(/(?!\.\.?(/|$))[^\\/:*?\"<>|]+)*",
+    "a relative path inside the bundle, its parts joined by /",
+)
+_DIFFERENCE = Real(0, 1e30)
+_COSINE = Real(-1.001, 1.001)
+_TOKENS = Record({"max_abs": _DIFFERENCE, "cosine": _COSINE, "cosine_mean": _COSINE})
+
+_PARITY = Record(
+    {
+        "max_abs": _DIFFERENCE,
+        "max_rel": _DIFFERENCE,
+        "cosine": _COSINE,
+        "cls": _TOKENS,
+        "patches": _TOKENS,
+        "token_norm": _DIFFERENCE,
+        "images": ListOf(Text(), 0, 4096),
+        "method": Text(),
+    }
+)
+
+_GRAPH = Record(
+    {
+        "file": _FILE,
+        "precision": Choice(tuple(TOLERANCES)),
+        "image_size": _SIZE,
+        "pixels": Choice(get_args(Pixels)),
+        "opset": Whole(1, 1000),
+        "ir_version": Whole(1, 1000),
+        "nodes": Whole(1, 1 << 20),
+        "domains": ListOf(Choice(DOMAINS), 1, len(DOMAINS)),
+        "parity": _PARITY,
+        "calibration": Maybe(Text()),
+        "float_products": ListOf(Text(), 0, 4096),
+    }
+)
+
+MANIFEST = Record(
+    {
+        "format_version": Whole(FORMAT_VERSION, FORMAT_VERSION),
+        "model_type": Text(r"\w+", "a model type such as dinov3_vit", 64),
+        "hf_class": Text(r"\w+", "the name of a class", 64),
+        "source": Record(
+            {
+                "model": Text(),
+                "name": Text(),
+                "revision": Maybe(Text(longest=256)),
+                "random_weight": Flag(),
+                "files": MapOf(Text(), ListOf(_BYTES, 2, 2), 0, 4096),
+            }
+        ),
+        "layout": Record(
+            {
+                "image_size": _SIZE,
+                "patch_size": _SIDE,
+                "num_register_tokens": Whole(0, 4096),
+                "hidden_size": Whole(1, 1 << 16),
+            }
+        ),
+        "preprocessing": Record(
+            {
+                "processor": Text(r"\w+", "the name of a class", 64),
+                "backend": Choice(get_args(Backend)),
+                "transparency": Choice(get_args(Transparency)),
+                "max_abs": _DIFFERENCE,
+            }
+        ),
+        "graphs": MapOf(
+            Text(r"\w+(@[0-9]+x[0-9]+)?", "a graph's name such as ort or ort@512x768", 64),
+            _GRAPH,
+            1,
+            MOST_GRAPHS,
+        ),
+        "made_with": MapOf(Text(longest=64), Text(longest=64), 0, 64),
+        "weight_bytes": _BYTES,
+        "export_peak_bytes": _BYTES,
+        "files": MapOf(
+            _FILE,
+            Record({"size": _BYTES, "sha256": Text(r"[0-9a-f]{64}", "64 hexadecimal digits")}),
+            1,
+            MOST_FILES,
+        ),
+    }
+)
+"""What `Manifest.read` takes."""
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a text is a path that stays inside the bundle, on every system."""
+    try:
+        _FILE.check(name, "")
+    except SchemaError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -128,7 +251,6 @@ class Manifest:
     layout: TokenLayout
     preprocessing: Preprocessing
     graphs: Mapping[str, GraphRecord]
-    golden: str
     made_with: Mapping[str, str]
     weight_bytes: int
     export_peak_bytes: int
@@ -143,36 +265,36 @@ class Manifest:
         """Read a ``vistower.json``.
 
         Raises:
-            BundleCorruptError: it is not the JSON an exporter writes.
-            BundleUnsupportedError: its format version is another one.
+            BundleCorruptError: it is not what an exporter writes; the message names the place.
+            BundleUnsupportedError: its format version or model type is not known.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BundleCorruptError(
-                f"{path} cannot be read as JSON ({error}). Export the bundle again."
-            ) from error
-        version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
+        data = read_json(path)
+        version = data.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
             raise BundleUnsupportedError(
-                f"{path} has format version {version!r}; this vistower reads {FORMAT_VERSION}. "
+                f"{path} has format version {version!r:.50}; this vistower reads {FORMAT_VERSION}. "
                 f"Export the bundle again, or install the vistower that wrote it."
             )
         try:
-            return _manifest(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            MANIFEST.check(data, "")
+            manifest = _manifest(data)
+            _check_relations(manifest)
+        except SchemaError as error:
             raise BundleCorruptError(
-                f"{path} is not a manifest an exporter wrote ({type(error).__name__}: {error}). "
-                f"Export the bundle again."
+                f"{path} is not a manifest an exporter wrote: {error}. Export the bundle again."
             ) from error
+        if manifest.model_type not in get_args(Family):
+            raise BundleUnsupportedError(
+                f"{path} is of a {manifest.model_type}; this vistower knows "
+                f"{', '.join(get_args(Family))}. Install the vistower that wrote it."
+            )
+        return manifest
 
 
 def _manifest(data: dict[str, Any]) -> Manifest:
+    """The dataclasses of what `MANIFEST` has checked."""
     source = dict(data["source"])
     source["files"] = {name: (pair[0], pair[1]) for name, pair in source["files"].items()}
-    layout = dict(data["layout"])
-    height, width = layout["image_size"]
-    layout["image_size"] = (int(height), int(width))
     graphs = {}
     for kind, record in data["graphs"].items():
         parity = {
@@ -181,16 +303,14 @@ def _manifest(data: dict[str, Any]) -> Manifest:
             "patches": TokenParity(**record["parity"]["patches"]),
             "images": tuple(record["parity"]["images"]),
         }
-        if record["precision"] not in TOLERANCES:
-            raise ValueError(f"unknown precision {record['precision']!r}")
-        height, width = record["image_size"]
         fields = {
             "parity": Parity(**parity),
-            "image_size": (int(height), int(width)),
+            "image_size": _pair(record["image_size"]),
             "domains": tuple(record["domains"]),
             "float_products": tuple(record["float_products"]),
         }
         graphs[kind] = GraphRecord(**{**record, **fields})
+    layout = {**data["layout"], "image_size": _pair(data["layout"]["image_size"])}
     return Manifest(
         **{
             **data,
@@ -201,3 +321,41 @@ def _manifest(data: dict[str, Any]) -> Manifest:
             "files": {name: FileRecord(**record) for name, record in data["files"].items()},
         }
     )
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _check_relations(manifest: Manifest) -> None:
+    """What must hold between the fields.
+
+    Raises:
+        SchemaError: naming the place.
+    """
+    files = manifest.files
+    for name in (CONFIG_FILE, PROCESSOR_FILE, GOLDEN_FILE):
+        if name not in files:
+            raise SchemaError(f"files lacks {name}")
+    if MANIFEST_FILE in files:
+        raise SchemaError(f"files has {MANIFEST_FILE} itself")
+    patch = manifest.layout.patch_size
+    sizes = {"layout": manifest.layout.image_size}
+    for name, graph in manifest.graphs.items():
+        place = f"graphs.{name}"
+        if graph.file not in files:
+            raise SchemaError(f"{place}.file is {graph.file!r}, which is not among files")
+        _, at, size = name.partition("@")
+        height, width = graph.image_size
+        if at and size != f"{height}x{width}":
+            raise SchemaError(f"{place}.image_size is {height}x{width}, unlike its name")
+        if "" not in graph.domains:
+            raise SchemaError(f"{place}.domains lacks the standard one")
+        sizes[place] = graph.image_size
+    for place, (height, width) in sizes.items():
+        if height % patch or width % patch:
+            raise SchemaError(
+                f"{place}.image_size is {height}x{width}, no multiple of the patch size {patch}"
+            )
+    if manifest.layout.image_size not in list(sizes.values())[1:]:
+        raise SchemaError("layout.image_size is that of no graph")

@@ -1,18 +1,19 @@
-"""The guard of reduced precisions: tokens with NaN or infinity never reach a caller unnoticed.
+"""The guard of the tokens: NaN or infinity never reach a caller unnoticed.
 
-fp16 ends at 65504, so an activation of a large tower can overflow to infinity, and NaN follows.
+fp16 ends at 65504, so an activation of a large tower can overflow to infinity, and NaN follows. In
+float32 they come from damaged weights, or from pixel values that hold them already.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vistower.bundle import BundleGraph
 from vistower.errors import NonFiniteError
 from vistower.execution.device import Device
 from vistower.execution.session import Session
@@ -35,22 +36,26 @@ def all_finite(tokens: npt.NDArray[np.float32]) -> bool:
 class FiniteGuard:
     """Checks what `Session.run` returned; computes the batch again in fp32 where that is chosen."""
 
-    def __init__(self, what: str, fp32: Path | None, device: Device) -> None:
+    def __init__(
+        self, what: str, fp32: BundleGraph | None, device: Device, *, reduced: bool
+    ) -> None:
         """Set up the guard.
 
         Args:
             what: the graph and its precision, for messages.
             fp32: the fp32 graph of the same input, opened at the first need; None to raise.
             device: where to open it.
+            reduced: whether the graph's precision can overflow by itself.
         """
         self._what = what
         self._graph = fp32
         self._device = device
+        self._reduced = reduced
         self._fp32: Session | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FiniteGuard, (self._what, self._graph, self._device)
+        return _guard, (self._what, self._graph, self._device, self._reduced)
 
     def checked(
         self, tokens: npt.NDArray[np.float32], pixel_values: npt.NDArray[Any]
@@ -64,6 +69,12 @@ class FiniteGuard:
             return tokens
         bad = np.flatnonzero(~np.isfinite(tokens).all(axis=(1, 2)))
         text = f"{self._what} gave NaN or infinity for {len(bad)} of {len(tokens)} pictures"
+        if not self._reduced:
+            given = len(pixel_values) - int(np.isfinite(pixel_values).all(axis=(1, 2, 3)).sum())
+            raise NonFiniteError(
+                f"{text}; {given} of the pixel_values hold some. Where none does the weights are "
+                f"damaged: check the bundle with `vistower verify`."
+            )
         if self._graph is None:
             raise NonFiniteError(
                 f"{text}. Use precision='fp32' or 'bf16', or non_finite='fp32' to compute such "
@@ -78,3 +89,7 @@ class FiniteGuard:
             raise NonFiniteError(f"{text}, and the fp32 graph too: the weights are damaged.")
         tokens[bad] = again
         return tokens
+
+
+def _guard(what: str, fp32: BundleGraph | None, device: Device, reduced: bool) -> FiniteGuard:
+    return FiniteGuard(what, fp32, device, reduced=reduced)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vistower.bundle import BundleGraph, checked_file
 from vistower.errors import BundleCorruptError, DeviceError, NodePlacementError
 from vistower.execution.binding import Port
 from vistower.execution.cuda_problems import essence, problems, symptom
@@ -25,7 +26,6 @@ from vistower.execution.providers import (
 )
 from vistower.execution.tensorrt import tensorrt_providers
 from vistower.execution.workers import Worker
-from vistower.tokens import TokenLayout
 
 INPUT = "pixel_values"
 OUTPUT = "last_hidden_state"
@@ -52,26 +52,28 @@ class Loaded:
 class Loading:
     """What is loaded, where and how.
 
-    ``providers`` are the user's own, None for ours. ``layout`` says what sizes there are where
-    the graph leaves them open, as the graphs of other exporters do.
+    ``providers`` are the user's own, None for ours. ``of`` is the graph of a bundle that the file
+    is; its layout says what sizes there are where the graph leaves them open, as the graphs of
+    other exporters do.
     """
 
     graph: Path
+    of: BundleGraph | None
     device: Device
     options: SessionOptions
     threads: int
     providers: Providers | None
-    layout: TokenLayout | None
 
     def load(self, worker: Worker | None) -> Loaded:
-        """Load the graph and check the session.
+        """Check the graph's files, load it and check the session.
 
         Args:
             worker: of the GPU; None to load in the calling thread.
 
         Raises:
             DeviceError: the device cannot be had.
-            BundleCorruptError: the graph cannot be loaded or has other inputs or outputs.
+            BundleCorruptError: the graph cannot be loaded, has other inputs or outputs, or is not
+                what its bundle says.
         """
         session = self._create(worker)
         self._check_provider(session)
@@ -82,6 +84,7 @@ class Loading:
 
     def _create(self, worker: Worker | None) -> Any:
         module = onnxruntime()
+        loadable = self.of.checked() if self.of else checked_file(self.graph, self.graph.parent)
         options = module.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -90,13 +93,16 @@ class Loading:
         config = session_config(self.device, self.options, read_placement=can_tell)
         for key, value in config.items():
             options.add_session_config_entry(key, value)
+        if loadable.folder is not None:
+            key = "session.model_external_initializers_file_folder_path"
+            options.add_session_config_entry(key, str(loadable.folder))
         providers = self._providers()
         if "session.disable_cpu_ep_fallback" in config:
             # ONNX Runtime refuses the two together.
             providers = tuple(one for one in providers if one[0] != CPU_PROVIDER)
         load = partial(
             module.InferenceSession,
-            str(self.graph),
+            str(loadable.model) if isinstance(loadable.model, Path) else loadable.model,
             options,
             providers=list(providers),
             # Else it would try the CPU, print so, and hide the error.
@@ -118,7 +124,8 @@ class Loading:
                     "cuda_graphs is for device='cuda': TensorRT's provider captures one graph for "
                     "one shape. Leave it out."
                 )
-            ours = tensorrt_providers(self.device, self.options, self.graph)
+            size = None if self.of is None else self.of.resolution
+            ours = tensorrt_providers(self.device, self.options, self.graph, size)
         elif self.device.type == "openvino":
             ours = openvino_providers(self.threads)
         else:
@@ -167,11 +174,14 @@ class Loading:
                 f"{list(named)}; a vision tower has the input {INPUT} and the output {OUTPUT}. For "
                 f"CLIP, export the vision model (CLIPVisionModel), not text and vision together."
             )
-        layout = self.layout
-        return (
-            self._port(inputs[0], (3, *layout.image_size) if layout else ()),
-            self._port(named[OUTPUT], (layout.num_tokens, layout.hidden_size) if layout else ()),
+        layout = self.of.layout if self.of is not None else None
+        source = self._port(inputs[0], (3, *layout.image_size) if layout else ())
+        target = self._port(
+            named[OUTPUT], (layout.num_tokens, layout.hidden_size) if layout else ()
         )
+        if self.of is not None:
+            self.of.check_ports(*((port.dtype.name, port.shape) for port in (source, target)))
+        return source, target
 
     def _port(self, node: Any, sizes: tuple[int, ...]) -> Port:
         """An input or output; ``sizes`` are taken where the graph leaves its own open."""

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from vistower.bundle import BundleGraph
 from vistower.errors import BatchMemoryError, DeviceError, InferenceError
 from vistower.execution.binding import BoundRunner, Warmed
 from vistower.execution.cuda_problems import (
@@ -30,7 +31,6 @@ from vistower.foreign import foreign_code
 from vistower.forks import Process, kept_in_children
 from vistower.output import DeviceArray
 from vistower.threads import available_cpus
-from vistower.tokens import TokenLayout
 
 logger = logging.getLogger("vistower")
 
@@ -51,29 +51,29 @@ class Session:
 
     def __init__(
         self,
-        graph: Path,
+        graph: Path | BundleGraph,
         device: DeviceLike | DeviceChoice = "auto",
         threads: int | None = None,
         *,
         providers: Sequence[ProviderLike] | None = None,
         options: SessionOptions | None = None,
-        layout: TokenLayout | None = None,
     ) -> None:
         """Load a graph.
 
         Args:
-            graph: an ONNX file with input ``pixel_values`` and output ``last_hidden_state``.
+            graph: an ONNX file with input ``pixel_values`` and output ``last_hidden_state``, or
+                the graph of a bundle, which is compared with what the bundle says of it.
             device: ``auto``, ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]``, a
                 ``torch.device``, or what `choose_device` made of one of them.
             threads: CPU threads inside one run; None for all this process may use.
             providers: execution providers as ONNX Runtime takes them, instead of ``device``; the
                 first must be active, and their options win over ours.
             options: how to use the device.
-            layout: the tower's, for a graph that leaves its sizes open.
 
         Raises:
             DeviceError: the device cannot be had, or both device and providers are given.
-            BundleCorruptError: the graph cannot be loaded or has other inputs or outputs.
+            BundleCorruptError: the graph cannot be loaded, has other inputs or outputs, or is not
+                what its bundle says.
         """
         self._process = Process()
         # Its thread pool's end would wait for threads that a forked child does not have.
@@ -91,7 +91,8 @@ class Session:
             self.device, asked = parse_providers(providers)
             self.reason = "first of the providers"
             require_device(self.device)
-        self.graph = graph
+        self._of = graph if isinstance(graph, BundleGraph) else None
+        self.graph = graph.path if isinstance(graph, BundleGraph) else graph
         self.options = options or SessionOptions()
         self.threads = threads or available_cpus()
         self._worker: Worker | None = None
@@ -99,8 +100,7 @@ class Session:
             self._worker = gpu_worker(self.device.index)
         elif self.options.buckets:
             self._worker = CallingThread()
-        self.layout = layout
-        loading = Loading(graph, self.device, self.options, self.threads, asked, layout)
+        loading = Loading(self.graph, self._of, self.device, self.options, self.threads, asked)
         with foreign_code:
             loaded = loading.load(self._worker)
         self._session, self.placement = loaded.session, loaded.placement
@@ -110,7 +110,8 @@ class Session:
 
     def __reduce__(self) -> tuple[Any, ...]:
         device = "auto" if self._asked is not None else str(self.device)
-        return _load, (self.graph, device, self.threads, self._asked, self.options, self.layout)
+        graph = self._of or self.graph
+        return _load, (graph, device, self.threads, self._asked, self.options)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -169,6 +170,7 @@ class Session:
                 if not out_of_memory(error) or len(pixel_values) < 2:
                     raise self._failed(pixel_values, error) from error
                 tokens = self._halved(pixel_values, error)
+        self._check_shape(pixel_values, tokens.shape)
         return tokens if tokens.dtype == np.float32 else tokens.astype(np.float32)
 
     def _forward(
@@ -238,7 +240,9 @@ class Session:
             if self._worker is None:
                 module = onnxruntime()
                 feeds = {INPUT: module.OrtValue.ortvalue_from_numpy(pixel_values)}
-                return DeviceArray(self._session.run_with_ort_values([OUTPUT], feeds)[0])
+                value = self._session.run_with_ort_values([OUTPUT], feeds)[0]
+                self._check_shape(pixel_values, tuple(value.shape()))
+                return DeviceArray(value)
             batch = self._bindable(pixel_values)
             return DeviceArray(self._worker.run(self._bound.run_on_device, batch))
         except Exception as error:
@@ -292,6 +296,16 @@ class Session:
         self._forward(batch)
         return time.perf_counter() - start
 
+    def _check_shape(self, pixel_values: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+        """A graph may leave its sizes open, and declare what it does not compute."""
+        expected = (len(pixel_values), *self._target.shape)
+        if shape != expected:
+            raise InferenceError(
+                f"{self.graph} gave {OUTPUT} of shape {shape} for {len(pixel_values)} pictures, "
+                f"where its bundle says {expected}: it is the graph of another model. Export the "
+                f"bundle again."
+            )
+
     def _bindable(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         # By address nothing checks what ONNX Runtime's own run() checks.
         if pixel_values.dtype != self._source.dtype or pixel_values.shape[1:] != self._source.shape:
@@ -303,11 +317,10 @@ class Session:
 
 
 def _load(
-    graph: Path,
+    graph: Path | BundleGraph,
     device: str,
     threads: int,
     providers: Sequence[ProviderLike] | None,
     options: SessionOptions,
-    layout: TokenLayout | None,
 ) -> Session:
-    return Session(graph, device, threads, providers=providers, options=options, layout=layout)
+    return Session(graph, device, threads, providers=providers, options=options)

@@ -82,8 +82,16 @@ def _tensorrt_version() -> str:
         return "unknown"
 
 
-def tensorrt_providers(device: Device, options: SessionOptions, graph: Path) -> Providers:
+def tensorrt_providers(
+    device: Device, options: SessionOptions, graph: Path, size: tuple[int, int] | None = None
+) -> Providers:
     """Execution providers for ``tensorrt``: it, then CUDA and the CPU for what it leaves.
+
+    Args:
+        device: the GPU.
+        options: of the session.
+        graph: the ONNX file.
+        size: (height, width) in pixels that it takes; None to read it from the file.
 
     Raises:
         DeviceError: see `tensorrt_options`.
@@ -91,7 +99,8 @@ def tensorrt_providers(device: Device, options: SessionOptions, graph: Path) -> 
     """
     key = engine_key(graph, device, options)
     engines = (options.engine_cache or cache_directory() / "tensorrt") / key.directory
-    tensorrt = tensorrt_options(device, options, image_shape(graph), engines)
+    image = image_shape(graph) if size is None else (3, *size)
+    tensorrt = tensorrt_options(device, options, image, engines)
     engines.mkdir(parents=True, exist_ok=True)
     cuda = cuda_options(device, options)
     return (TENSORRT_PROVIDER, tensorrt), (CUDA_PROVIDER, cuda), (CPU_PROVIDER, {})

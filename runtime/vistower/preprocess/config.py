@@ -11,6 +11,7 @@ from vistower.errors import ProcessorConfigError
 from vistower.preprocess.frame import Size
 from vistower.preprocess.resize import Filter
 from vistower.preprocess.scaling import Scaling, Triple
+from vistower.schema import Either, Flag, ListOf, Maybe, Real, Record, SchemaError, Text, Whole
 
 Backend = Literal["torchvision", "pil"]
 Transparency = Literal["white", "dropped"]
@@ -59,6 +60,35 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What the Hugging Face classes assume where a config is silent or says null."""
 
+_SIDE = Whole(1, 1 << 14)
+_PICTURE_SIZE = Maybe(
+    Either(
+        _SIDE,
+        Record(
+            dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), Maybe(_SIDE)),
+            open=True,
+        ),
+    )
+)
+_FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+
+RULE = Record(
+    {
+        "image_processor_type": Maybe(Text(longest=64)),
+        "feature_extractor_type": Maybe(Text(longest=64)),
+        "size": _PICTURE_SIZE,
+        "crop_size": _PICTURE_SIZE,
+        "resample": Maybe(Whole(0, 99)),
+        "rescale_factor": Maybe(Real(1e-6, 1e6)),
+        "image_mean": Maybe(ListOf(Real(-1e6, 1e6), 3, 3)),
+        "image_std": Maybe(ListOf(Real(1e-6, 1e6), 3, 3)),
+        **dict.fromkeys(_FLAGS, Maybe(Flag())),
+    },
+    open=True,
+)
+"""Types and ranges of what is read; the file holds more. Sides are bounded so that no file asks
+for gigabytes a picture, the divisor away from zero so that no pixel becomes infinite."""
+
 _REFUSED_IF_SET = ("do_pad", "pad_size", "size_divisor", "use_square_size", "do_flip_channel_order")
 
 
@@ -90,6 +120,10 @@ def read_options(
     Raises:
         ProcessorConfigError: naming the option that is not reproduced.
     """
+    try:
+        RULE.check(config, "")
+    except SchemaError as error:
+        raise ProcessorConfigError(f"preprocessor_config.json: {error}.") from error
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     if name in _CLIP_NAMES:
         family = "clip"
