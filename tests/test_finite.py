@@ -23,7 +23,7 @@ BAD = 10.0
 
 
 def make_overflowing(path: Path) -> None:
-    """Add 0 * sqrt(BAD - largest pixel) to the tokens of each picture."""
+    """Add 0 * sqrt(BAD - largest pixel) to the tokens of each picture, the factor in float16."""
     model = onnx.load(path)
     graph = model.graph
     for node in graph.node:
@@ -33,7 +33,7 @@ def make_overflowing(path: Path) -> None:
             numpy_helper.from_array(np.array([1, 2, 3]), "bad.axes"),
             numpy_helper.from_array(np.array([0, 1, 1]), "bad.shape"),
             numpy_helper.from_array(np.array(BAD, np.float32), "bad.limit"),
-            numpy_helper.from_array(np.array(0, np.float32), "bad.zero"),
+            numpy_helper.from_array(np.array(0, np.float16), "bad.half"),
         ]
     )
     graph.node.extend(
@@ -42,6 +42,7 @@ def make_overflowing(path: Path) -> None:
             helper.make_node("Reshape", ["bad.largest", "bad.shape"], ["bad.each"]),
             helper.make_node("Sub", ["bad.limit", "bad.each"], ["bad.left"]),
             helper.make_node("Sqrt", ["bad.left"], ["bad.root"]),
+            helper.make_node("Cast", ["bad.half"], ["bad.zero"], to=onnx.TensorProto.FLOAT),
             helper.make_node("Mul", ["bad.root", "bad.zero"], ["bad.nan"]),
             helper.make_node("Add", ["bad.tokens", "bad.nan"], ["last_hidden_state"]),
         ]
@@ -58,6 +59,7 @@ def overflowing(clip_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     name = manifest["graphs"]["ort"]["file"]
     make_overflowing(bundle / name)
     manifest["graphs"]["ort"]["precision"] = "fp16"
+    manifest["graphs"]["ort"]["nodes"] += 7
     size = (bundle / name).stat().st_size
     manifest["files"][name] = {"size": size, "sha256": sha256(bundle / name)}
     (bundle / "vistower.json").write_text(json.dumps(manifest))

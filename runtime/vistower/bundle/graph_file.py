@@ -132,7 +132,7 @@ def read_graph(path: Path, pixels: str = "pixel_values") -> GraphFacts:
             return facts(data, pixels)
         except (WireError, UnicodeDecodeError) as error:
             raise BundleCorruptError(
-                f"{path} is no ONNX graph that can be read ({error}). Export the bundle again."
+                f"{path} cannot be loaded: it is no ONNX graph ({error}). Export the bundle again."
             ) from error
 
 
