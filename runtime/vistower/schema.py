@@ -42,7 +42,8 @@ class Whole:
 
     def check(self, value: Any, where: str) -> None:
         """See `Rule`."""
-        if type(value) is not int or not self.low <= value <= self.high:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if not number or not self.low <= value <= self.high:
             raise _broken(where, value, f"a whole number from {self.low} to {self.high}")
 
 
@@ -55,7 +56,7 @@ class Real:
 
     def check(self, value: Any, where: str) -> None:
         """See `Rule`."""
-        number = type(value) is float or type(value) is int
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or not self.low <= value <= self.high:
             raise _broken(where, value, f"a finite number from {self.low:g} to {self.high:g}")
 
@@ -80,7 +81,7 @@ class Text:
 
     def check(self, value: Any, where: str) -> None:
         """See `Rule`."""
-        if type(value) is not str or len(value) > self.longest or not value.isprintable():
+        if not isinstance(value, str) or len(value) > self.longest or not value.isprintable():
             raise _broken(
                 where, value, f"{self.wanted}, printable, of at most {self.longest} characters"
             )
@@ -96,7 +97,7 @@ class Choice:
 
     def check(self, value: Any, where: str) -> None:
         """See `Rule`."""
-        if type(value) is not str or value not in self.values:
+        if not isinstance(value, str) or value not in self.values:
             raise _broken(where, value, f"one of {', '.join(self.values)}")
 
 
@@ -122,7 +123,7 @@ class ListOf:
 
     def check(self, value: Any, where: str) -> None:
         """See `Rule`."""
-        if type(value) not in (list, tuple) or not self.shortest <= len(value) <= self.longest:
+        if not isinstance(value, (list, tuple)) or not self.shortest <= len(value) <= self.longest:
             raise _broken(where, value, f"an array of {self.shortest} to {self.longest} items")
         for index, item in enumerate(value):
             self.item.check(item, f"{where}[{index}]")
@@ -139,7 +140,7 @@ class MapOf:
 
     def check(self, value: Any, where: str) -> None:
         """See `Rule`."""
-        if type(value) is not dict or not self.fewest <= len(value) <= self.most:
+        if not isinstance(value, dict) or not self.fewest <= len(value) <= self.most:
             raise _broken(where, value, f"an object of {self.fewest} to {self.most} entries")
         for key, item in value.items():
             self.key.check(key, f"a key of {where}")

@@ -15,6 +15,8 @@ from typing import Any, get_args
 
 from vistower.backbones import Family
 from vistower.bundle.reading import read_json
+from vistower.errors import BundleCorruptError, BundleUnsupportedError
+from vistower.preprocess.processor import Backend, Pixels, Transparency
 from vistower.schema import (
     Choice,
     Flag,
@@ -27,8 +29,6 @@ from vistower.schema import (
     Text,
     Whole,
 )
-from vistower.errors import BundleCorruptError, BundleUnsupportedError
-from vistower.preprocess.processor import Backend, Pixels, Transparency
 from vistower.tokens import TokenLayout
 from vistower.tolerance import TOLERANCES, GraphPrecision
 
