@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vistower import VisionEncoder
-from vistower.collect import collect
+from vistower.picture_files import find_pictures
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("torch") is not None:
         raise SystemExit("torch is installed here; the demo embeds without it.")
-    files = collect([arguments.pictures])
+    files = list(find_pictures([arguments.pictures]).paths)
     table = Table(
         "model", "weights", "ort graph", "max abs to torch", "cosine", "ms/picture, median"
     )

@@ -47,7 +47,8 @@ def test_embed_files_folders_and_globs(
         capsys, "embed", clip_bundle, folder, SAMPLES[3], glob, "--output", output,
         "--batch-size", 2, "--patches", "--device", "cpu",
     )  # fmt: skip
-    assert (code, errors) == (0, "")
+    assert code == 0
+    assert errors == f"left out, not read as pictures: 1 .txt ({folder}/notes.txt)\n"
     assert "5 pictures, 64 numbers each, by tiny-clip (random-weight) on cpu" in text
     with np.load(output) as arrays:
         names = [Path(name).name for name in arrays["names"]]
@@ -63,9 +64,9 @@ def test_embed_npy_has_its_names_beside_it(
     code, _, _ = run(capsys, "embed", clip_bundle, *SAMPLES[:2], "--output", tmp_path / "e.npy")
     assert code == 0
     assert np.load(tmp_path / "e.npy").shape == (2, 64)
-    names = (tmp_path / "e.names.txt").read_text().splitlines()
+    names = json.loads((tmp_path / "e.names.json").read_text())
     assert names == [str(path) for path in SAMPLES[:2]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.names.txt", "e.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.names.json", "e.npy"]
 
 
 def make_bad(kind: str, folder: Path) -> Path:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from command_line import run
-from vistower import VisionEncoder, staging
+from vistower import VisionEncoder, places, staging
 from vistower.bundle import Bundle
 from vistower.errors import OutputError, OutputExistsError
-from vistower_export import ownership, steps
+from vistower_export import steps
 from vistower_export.checkpoint import write_random_checkpoint
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
@@ -282,7 +282,7 @@ def test_the_current_directory_and_mount_points_stay(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputExistsError, match="is a mount point"):
         export(clip_checkpoint, Path("/proc"), overwrite=True)
-    monkeypatch.setattr(ownership, "_mount_points", lambda: frozenset({str(bundle)}))
+    monkeypatch.setattr(places, "_mount_points", lambda: frozenset({str(bundle)}))
     with pytest.raises(OutputExistsError, match="is a mount point"):
         export(clip_checkpoint, bundle, overwrite=True)
     assert tree(tmp_path) == before
@@ -376,7 +376,7 @@ def test_what_changes_during_the_export_is_not_deleted(
 
 def write(output: Path, content: str) -> None:
     """Publish a small folder, replacing what is there."""
-    replaced = staging.snapshot(output)
+    replaced = places.snapshot(output)
     with staging.staged(output) as stage:
         new = stage.path(output)
         (new / "deep").mkdir(parents=True)
@@ -394,7 +394,7 @@ def test_a_failure_while_publishing_restores_the_old_one(
     output = tmp_path / "output"
     write(output, "old")
     old, new = tree(output), tree(output) | {"file": b"new"}
-    rename, replace, exchange = Path.rename, Path.replace, staging._exchange
+    rename, replace, exchange = Path.rename, Path.replace, staging.exchange
     steps_left = 0
 
     def failing(change: Callable[..., object]) -> Callable[..., object]:
@@ -412,7 +412,7 @@ def test_a_failure_while_publishing_restores_the_old_one(
 
     monkeypatch.setattr(Path, "rename", failing(rename))
     monkeypatch.setattr(Path, "replace", failing(replace))
-    monkeypatch.setattr(staging, "_exchange", failing(exchange) if exchanges else cannot)
+    monkeypatch.setattr(staging, "exchange", failing(exchange) if exchanges else cannot)
     outcomes = []
     for step in range(10):
         steps_left = step

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vistower.backbones import Backbone, find_backbone
 from vistower.bundle import sha256
 from vistower.bundle.manifest import FileRecord
-from vistower.staging import as_output_error, require_space, staged
+from vistower.places import as_output_error, require_space
+from vistower.staging import staged
 from vistower_export.ownership import Kind, may_write
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 
 from vistower.bundle import sha256
 from vistower.bundle.manifest import MANIFEST_FILE, FileRecord
-from vistower.errors import OutputError, OutputExistsError
-from vistower.staging import Snapshot, as_output_error, snapshot
+from vistower.errors import OutputExistsError
+from vistower.places import Snapshot, as_output_error, is_mount_point, real_place, snapshot
 
 _NAMED = 8
 """How many foreign files a message names."""
@@ -72,7 +72,7 @@ def may_write(
         OutputError: no folder can be made there.
     """
     with as_output_error(output):
-        place = _real(output)
+        place = real_place(output)
         _require_apart(output, place, sources)
         if not os.path.lexists(place):
             return place, {}
@@ -97,18 +97,6 @@ def may_write(
                 f"--overwrite."
             )
         return place, found
-
-
-def _real(output: Path) -> Path:
-    """Where an output really is, links followed."""
-    absolute = Path(os.path.abspath(output))  # noqa: PTH100  (resolve() raises on loops)
-    for path in (absolute, *absolute.parents):
-        if path.is_symlink() and not path.exists():
-            raise OutputError(
-                f"{output} cannot be written: {path} is a link to {path.readlink()}, which is not "
-                f"there. Remove the link, or make what it points to."
-            )
-    return Path(os.path.realpath(absolute))
 
 
 def _require_apart(output: Path, place: Path, sources: Iterable[Path]) -> None:
@@ -136,23 +124,10 @@ def _require_movable(output: Path, place: Path) -> None:
             f"{output} is or holds the current directory, which cannot be replaced. Choose a "
             f"folder in it, or run from elsewhere."
         )
-    if place.is_mount() or str(place) in _mount_points():
+    if is_mount_point(place):
         raise OutputExistsError(
             f"{output} is a mount point, which cannot be replaced. Choose a folder in it."
         )
-
-
-def _mount_points() -> frozenset[str]:
-    """Those of Linux: ``Path.is_mount`` does not know those of the same file system."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return frozenset()
-    points = (line.split()[4] for line in lines.splitlines())
-    return frozenset(
-        point.replace(r"\040", " ").replace(r"\011", "\t").replace(r"\012", "\n")
-        for point in points
-    )
 
 
 def _foreign(place: Path, kind: Kind, found: Snapshot) -> list[str]:

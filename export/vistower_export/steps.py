@@ -36,9 +36,10 @@ from vistower.bundle.manifest import (
 from vistower.errors import ProcessorConfigError, UnsupportedArchitectureError
 from vistower.execution.ort import onnxruntime
 from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
+from vistower.places import as_output_error, require_space
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.processor import Preprocessor
-from vistower.staging import as_output_error, require_space, staged
+from vistower.staging import staged
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
 from vistower_export.calibrate import calibrate

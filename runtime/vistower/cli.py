@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from vistower.bundle import Bundle, cache_directory, cache_path, cached_bundles, find_bundle
-from vistower.collect import collect
 from vistower.doctor import Diagnosis, diagnose
+from vistower.embedding_files import SUFFIXES, embedding_file
 from vistower.encoder import VisionEncoder
 from vistower.errors import (
     BundleCorruptError,
@@ -29,6 +29,8 @@ from vistower.errors import (
     VistowerError,
 )
 from vistower.golden import replay
+from vistower.interrupts import stoppable
+from vistower.picture_files import find_pictures
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export.needs import require_exporter
 
@@ -121,7 +123,7 @@ def export(
         precisions=_precisions(precision or ()),
         uint8=uint8,
         resolutions=[_resolution(text) for text in resolution or ()],
-        calibration=collect(calibrate) if calibrate else (),
+        calibration=_pictures(calibrate) if calibrate else (),
         overwrite=overwrite,
         on_step=lambda title: err.print(f"  {title}"),
     )
@@ -215,16 +217,18 @@ def embed(
     """Embed pictures without torch.
 
     A .npz holds names, cls (B, D) and, with --patches, patches (B, N, D). A .npy holds cls alone,
-    its names line by line in a .names.txt beside it.
+    its names as a JSON list in a .names.json beside it. Of a folder every file is taken that has
+    the ending of a picture; standard error says what was left out.
 
     Example: vistower embed artifacts/clip-b32 photos/ 'more/*.jpg' --output embeddings.npz
     """
-    if output.suffix not in (".npz", ".npy"):
+    if output.suffix not in SUFFIXES:
         raise typer.BadParameter(f"{output} ends in neither .npz nor .npy")
     if patches and output.suffix == ".npy":
         raise typer.BadParameter("--patches needs a .npz")
-    files = collect(inputs)
+    files = _pictures(inputs)
     encoder = VisionEncoder.open(bundle, device=device)
+    layout = encoder.layout
     names: list[str] = []
     cls: list[np.ndarray[Any, Any]] = []
     patch: list[np.ndarray[Any, Any]] = []
@@ -232,46 +236,36 @@ def embed(
         files, batch_size=batch_size, workers=workers, on_error="record" if skip_errors else "raise"
     )
     shown = track(results, "embedding", len(files), console=err, disable=not err.is_terminal)
-    for file, result in zip(files, shown, strict=True):
-        if result.error is not None:
-            err.print(f"skipped: {result.error}")
-            continue
-        names.append(str(file))
-        cls.append(result.cls)
-        if patches:
-            patch.append(result.patches)
-    if not names:
-        raise EmptyInputError("None of the pictures could be read; nothing was written.")
-    arrays = {"names": np.array(names), "cls": np.stack(cls)}
-    if patches:
-        arrays["patches"] = np.stack(patch)
-    _write(output, arrays)
+    vectors = len(files) * (layout.num_patches + 1 if patches else 1)
+    with (
+        embedding_file(output, 4 * layout.hidden_size * vectors) as target,
+        contextlib.closing(results),
+    ):
+        for file, result in zip(files, shown, strict=True):
+            if result.error is not None:
+                err.print(f"skipped: {result.error}")
+                continue
+            names.append(str(file))
+            cls.append(result.cls)
+            if patches:
+                patch.append(result.patches)
+        if not names:
+            raise EmptyInputError("None of the pictures could be read; nothing was written.")
+        target.write(names, np.stack(cls), np.stack(patch) if patches else None)
     manifest = encoder.bundle.manifest
     label = " (random-weight)" if manifest and manifest.source.random_weight else ""
     out.print(
-        f"{len(names)} pictures, {encoder.layout.hidden_size} numbers each, by "
+        f"{len(names)} pictures, {layout.hidden_size} numbers each, by "
         f"{encoder.bundle.name}{label} on {encoder.device}: {output}"
     )
 
 
-def _write(output: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write beside the output and rename, so that a reader never sees half a file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if output.suffix == ".npy":
-                np.save(file, arrays["cls"])
-            else:
-                np.savez(file, allow_pickle=False, **arrays)
-        Path(name).chmod(0o644)
-        Path(name).replace(output)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    if output.suffix == ".npy":
-        text = "".join(f"{name}\n" for name in arrays["names"])
-        output.with_suffix(".names.txt").write_text(text, encoding="utf-8")
+def _pictures(sources: Sequence[str]) -> Sequence[Path]:
+    """The picture files of files, folders and globs; says what was left out."""
+    found = find_pictures(sources)
+    if found.left_out:
+        err.print(found.notice)
+    return found.paths
 
 
 @app.command()
@@ -297,7 +291,7 @@ def verify(
     if (against is None) != (images is None):
         raise typer.BadParameter("--against and --images go together")
     if against is not None and images is not None:
-        _judge(found, against, collect(images), device)
+        _judge(found, against, _pictures(images), device)
         return
     count = 0
     for comparison in replay(found, device=device):
@@ -446,6 +440,14 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2, no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is shown escaped, and ends nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with stoppable():
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
     try:
         app(arguments)
     except VistowerError as error:
@@ -457,10 +459,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in arguments:
             raise
-        err.print(
-            f"error: {type(error).__name__}: {error}. This is a bug or a broken machine: run "
-            f"again with `vistower --debug ...` for the traceback.",
-        )
+        what = f"{type(error).__name__}: {error}"
+        # The system said no: a full disk, a terminal that is gone, no permission.
+        if not isinstance(error, OSError):
+            what += ". This is a bug or a broken machine"
+        err.print(f"error: {what}: run again with `vistower --debug ...` for the traceback.")
         sys.exit(1)
 
 

@@ -9,22 +9,27 @@ that writes to the same directory, which first puts back what was only moved asi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-from vistower.errors import OutputError, OutputExistsError, VistowerError
+from vistower.errors import OutputError, OutputExistsError
+from vistower.places import (
+    Snapshot,
+    as_output_error,
+    exchange,
+    snapshot,
+    sync,
+    sync_directory,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -43,12 +48,6 @@ _LONGEST_NAME = 255
 
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 """What ``flock`` says on a file system without locks."""
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-Snapshot: TypeAlias = Mapping[str, tuple[int, int, int]]
-"""Of a file or of everything in a folder, by path: inode, size in bytes, time of change in ns.
-Links are not followed. The file itself is ``""``; a folder in the folder ends in ``/``."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Staging:
         with as_output_error(last):
             for output in self.outputs:
                 _require_as_it_was(output, output, replaced.get(output, {}))
-                _sync(self.path(output))
+                sync(self.path(output))
             names = [output.name for output in self.outputs]
             files = {*replaced.get(last, {}), *snapshot(self.path(last))} - {""}
             plan = {"outputs": names, "files": sorted(files)}
@@ -94,7 +93,7 @@ class Staging:
             except BaseException:
                 tidy(self.place)
                 raise
-            _sync_directory(last.parent)
+            sync_directory(last.parent)
 
     def _replace(self, output: Path, replaced: Snapshot) -> None:
         new, old = self.path(output), self.place / _OLD / output.name
@@ -102,7 +101,7 @@ class Staging:
             _rename(new, output)
             return
         try:
-            _exchange(new, output)
+            exchange(new, output)
         except OSError as error:
             if error.errno not in {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}:
                 raise
@@ -150,70 +149,6 @@ def staged(*outputs: Path) -> Iterator[Staging]:
         yield Staging(place, outputs)
     finally:
         _release(place, lock)
-
-
-@contextmanager
-def as_output_error(output: Path) -> Iterator[None]:
-    """Say of an ``OSError`` that it is the output that cannot be written, and what to do."""
-    try:
-        yield
-    except VistowerError:
-        raise
-    except OSError as error:
-        why = error.strerror or str(error)
-        at = f" (at {error.filename})" if error.filename not in {None, str(output)} else ""
-        # NumPy says without a number that it could not write everything.
-        full = error.errno in _FULL or error.errno is None
-        elsewhere = not str(error.filename or output).startswith(str(output.parent))
-        if elsewhere and not full:
-            raise
-        if full:
-            remedy = "Make room there, or choose a place on another disk"
-        else:
-            remedy = "Choose a place that can be written"
-        raise OutputError(f"{output} cannot be written: {why}{at}. {remedy}.") from error
-
-
-def require_space(output: Path, size: int) -> None:
-    """Refuse an output of at least so many bytes where there is no room for it.
-
-    Raises:
-        OutputError: saying how much there is.
-    """
-    free = shutil.disk_usage(output.parent).free
-    if free < size:
-        raise OutputError(
-            f"{output} cannot be written: it takes at least {size / 1e6:,.0f} MB, and "
-            f"{output.parent} has {free / 1e6:,.0f} MB left. Make room there, or choose a place on "
-            f"another disk."
-        )
-
-
-def snapshot(path: Path) -> Snapshot:
-    """What is at a path; nothing, and a folder with nothing in it, is empty."""
-    if not os.path.lexists(path):
-        return {}
-    if path.is_symlink() or not path.is_dir():
-        return {"": _stamp(path)}
-    found: dict[str, tuple[int, int, int]] = {}
-    for folder, folders, names in os.walk(path, onerror=_raise):
-        for name in (*folders, *names):
-            entry = Path(folder) / name
-            real_folder = name in folders and not entry.is_symlink()
-            relative = entry.relative_to(path).as_posix()
-            found[f"{relative}/" if real_folder else relative] = (
-                (0, 0, 0) if real_folder else _stamp(entry)
-            )
-    return found
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    found = path.lstat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _require_as_it_was(output: Path, path: Path, replaced: Snapshot) -> None:
@@ -420,27 +355,6 @@ def _leave(place: Path) -> None:
             logger.warning("%s is left over: %s", place, error.strerror or error)
 
 
-def _sync(path: Path) -> None:
-    """Have the disk take everything: a full one may say so only now."""
-    for name in snapshot(path):
-        if stat.S_ISREG((path / name).lstat().st_mode):
-            descriptor = os.open(path / name, os.O_RDWR)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    # Some file systems cannot, and what was renamed is there all the same.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _rename(new: Path, output: Path) -> None:
     try:
         new.replace(output)
@@ -451,23 +365,3 @@ def _rename(new: Path, output: Path) -> None:
             f"{output} was made by something else meanwhile, and is left as it is. Choose another "
             f"output."
         ) from error
-
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-
-
-def _exchange(first: Path, second: Path) -> None:
-    """Exchange two entries in one step, so that each path has something at any time.
-
-    Raises:
-        OSError: ``ENOSYS`` where the system cannot, ``EINVAL`` where the file system cannot.
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-    names = os.fsencode(first), os.fsencode(second)
-    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(second))
