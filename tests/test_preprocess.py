@@ -27,7 +27,7 @@ from vistower.errors import (
     ProcessorConfigError,
 )
 from vistower.preprocess import native
-from vistower.preprocess.images import open_image
+from vistower.preprocess.encoded import open_image
 from vistower.preprocess.processor import Preprocessor
 from vistower_export.pictures import SAMPLES
 from vistower_export.reference import transparency

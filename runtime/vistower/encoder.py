@@ -32,7 +32,8 @@ from vistower.execution.replicas import Replicas
 from vistower.execution.session import Session
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
-from vistower.preprocess.images import ImageInput, is_encoded
+from vistower.preprocess.encoded import is_encoded
+from vistower.preprocess.images import ImageInput
 from vistower.preprocess.processor import Decode, Preprocessor
 from vistower.stream import OnError, Pipeline, StreamOptions, StreamResult, astream, stream
 from vistower.threads import available_cpus, preparing_workers

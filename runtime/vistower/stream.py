@@ -29,7 +29,8 @@ from vistower.arguments import whole_number
 from vistower.errors import ImageError, OptionError
 from vistower.forks import Process
 from vistower.pools import Pool, submit
-from vistower.preprocess.images import ImageInput, detached
+from vistower.preprocess.encoded import detached
+from vistower.preprocess.images import ImageInput
 from vistower.tokens import TokenLayout
 
 Array = npt.NDArray[np.float32]

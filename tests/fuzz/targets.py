@@ -18,7 +18,7 @@ import numpy as np
 from vistower.bundle import Bundle
 from vistower.bundle.manifest import Manifest
 from vistower.errors import VistowerError
-from vistower.preprocess.images import open_image
+from vistower.preprocess.encoded import open_image
 from vistower.preprocess.processor import Preprocessor
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}

@@ -1,96 +1,24 @@
-"""Pictures in: files to RGB as ``transformers.image_utils.load_image`` reads them, and arrays."""
+"""Pictures in: what is one, PIL images that threads share, and the memory of pixels."""
 
 from __future__ import annotations
 
 import ctypes
-import io
 import math
 import os
 import threading
-import warnings
-from pathlib import Path
-from typing import IO, Any, TypeAlias, TypeGuard, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vistower.errors import ImageDecodeError, ImageFormatError
 from vistower.forks import in_every_child
+from vistower.preprocess.encoded import Encoded, tolerating_warnings
 
-Bytes: TypeAlias = bytes | bytearray | memoryview
-
-ImageInput: TypeAlias = (
-    "Image.Image | npt.NDArray[Any] | str | os.PathLike[str] | Bytes | IO[bytes]"
-)
-"""A PIL image, an array H x W x 3 of uint8, a path, an encoded picture's bytes, or a binary file
-object (read from its start)."""
-
-
-def is_encoded(source: object) -> TypeGuard[str | os.PathLike[str] | Bytes | IO[bytes]]:
-    """Whether it is something `open_image` decodes: a path, bytes, or a file object."""
-    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or callable(
-        getattr(source, "read", None)
-    )
-
-
-def detached(image: ImageInput) -> ImageInput:
-    """The picture, with a file object replaced by its bytes.
-
-    So its owner may close the file, or read on, before the picture is decoded.
-
-    Raises:
-        ImageDecodeError: the file object cannot be read.
-    """
-    return image if not callable(getattr(image, "read", None)) else _read(cast("IO[bytes]", image))
-
-
-def open_image(
-    source: str | os.PathLike[str] | Bytes | IO[bytes], draft: int | None = None
-) -> Image.Image:
-    """Read an encoded picture: fully decoded, EXIF orientation applied, converted to RGB.
-
-    Transparency is dropped, as ``load_image`` does; pass a PIL image to have it handled by the
-    processor.
-
-    Args:
-        source: a path, the bytes of a picture, or a binary file object, read from its start.
-        draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where both sides keep this many
-            pixels. Its levels then differ from those of the whole picture, scaled down.
-
-    Raises:
-        ImageDecodeError: no such file, or no picture Pillow can read to its end.
-    """
-    file: Path | io.BytesIO
-    if isinstance(source, (str, os.PathLike)):
-        name, file = _checked_path(Path(source))
-    else:
-        data = source if isinstance(source, Bytes) else _read(source)
-        name = f"The picture in memory ({len(data)} bytes)"
-        file = io.BytesIO(data)
-        if not len(data):
-            raise ImageDecodeError(f"{name} is empty.")
-    try:
-        # Pillow warns of large pictures and odd metadata; what it cannot read it raises.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                if draft is not None:
-                    image.draft(None, (draft, draft))
-                ImageOps.exif_transpose(image, in_place=True)
-                image.load()
-                return image if image.mode == "RGB" else image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise ImageDecodeError(
-            f"{name} has more pixels than Pillow takes ({error}). Scale it down, or raise "
-            f"PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-        ) from error
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-    except Exception as error:
-        raise ImageDecodeError(
-            f"{name} cannot be read as a picture ({error}). It is damaged, cut off, or no picture."
-        ) from error
-
+ImageInput: TypeAlias = "Image.Image | npt.NDArray[Any] | Encoded"
+"""A PIL image, an array H x W x 3 of uint8, or an encoded picture: a path, a data URI, bytes, or a
+binary file object (read from its start)."""
 
 _LOADING: list[threading.Lock] = []
 
@@ -114,7 +42,7 @@ def loaded(image: Image.Image) -> Image.Image:
     """
     try:
         with _LOADING[id(image) // 64 % len(_LOADING)]:
-            image.load()
+            tolerating_warnings(image.load)
     except Exception as error:
         name = getattr(image, "filename", "") or type(image).__name__
         raise ImageDecodeError(
@@ -122,33 +50,6 @@ def loaded(image: Image.Image) -> Image.Image:
             f"closed too early."
         ) from error
     return image
-
-
-def _checked_path(path: Path) -> tuple[str, Path]:
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "missing"
-        raise ImageDecodeError(f"{path} is {what}. Give the path of a picture file.") from (
-            None if path.is_dir() else FileNotFoundError(str(path))
-        )
-    if path.stat().st_size == 0:
-        raise ImageDecodeError(f"{path} is empty (0 bytes). Copy the picture again.")
-    return str(path), path
-
-
-def _read(file: IO[bytes]) -> bytes:
-    name = getattr(file, "name", None) or type(file).__name__
-    try:
-        if file.seekable():
-            file.seek(0)
-        data = file.read()
-    # A closed file raises ValueError, an OS or archive reader its own exceptions.
-    except Exception as error:
-        raise ImageDecodeError(f"The file object {name!r} cannot be read ({error}).") from error
-    if not isinstance(data, bytes):
-        raise ImageDecodeError(
-            f"The file object {name!r} gives {type(data).__name__}, not bytes: open it with 'rb'."
-        )
-    return data
 
 
 class _ArrowArray(ctypes.Structure):

@@ -19,8 +19,9 @@ from PIL import Image
 from vistower.errors import ImageFormatError, OptionError, ProcessorConfigError
 from vistower.lazy import cached_property
 from vistower.preprocess.config import Backend, Options, Transparency, read_options
+from vistower.preprocess.encoded import is_encoded, open_image
 from vistower.preprocess.frame import Frame, Size, center, shortest_edge
-from vistower.preprocess.images import ImageInput, checked_array, is_encoded, loaded, open_image
+from vistower.preprocess.images import ImageInput, checked_array, loaded
 from vistower.preprocess.pillow_levels import PillowLevels
 from vistower.preprocess.rescaled_floats import RescaledFloats
 from vistower.preprocess.torchvision_levels import TorchvisionLevels
@@ -105,7 +106,7 @@ class Preprocessor(Options):
         Args:
             image: a PIL image of any mode the processor takes (its EXIF orientation is not
                 applied: the processor does not either), an array H x W x 3 of uint8, or what
-                `vistower.preprocess.images.open_image` opens: a path, bytes, a binary file object.
+                `vistower.preprocess.encoded.open_image` opens: a path, bytes, a binary file object.
             out: (3, H, W) float32; uint8 of a processor that gives levels.
 
         Raises:
