@@ -125,6 +125,33 @@ def test_a_strided_batch_is_taken(encoder: VisionEncoder) -> None:
     assert np.abs(encoder.forward(pixel_values[::2]) - state[::2]).max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("resolution", [[224, 224], (np.int64(224), 224), np.array([224, 224])])
+def test_a_resolution_is_any_pair_of_integers(resolution: Any, dinov3_bundle: Path) -> None:
+    encoder = VisionEncoder.open(dinov3_bundle, device="cpu", resolution=resolution)
+    assert encoder.layout.image_size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"devices": []}, "at least one device"),
+        ({"devices": "cpu"}, "at least one device"),
+        ({"resolution": "224"}, "height, width"),
+        ({"resolution": 224}, "height, width"),
+        ({"resolution": (224,)}, "height, width"),
+        ({"resolution": []}, "height, width"),
+        ({"resolution": (224, 224, 3)}, "height, width"),
+        ({"resolution": (224.0, 224)}, "integer"),
+        ({"resolution": (0, 0)}, "integer"),
+        ({"threads": 0}, "threads=0"),
+        ({"threads": "2"}, "threads='2'"),
+    ],
+)
+def test_options_that_are_none(options: dict[str, Any], says: str, dinov3_bundle: Path) -> None:
+    with pytest.raises(OptionError, match=says):
+        VisionEncoder.open(dinov3_bundle, **options)
+
+
 def test_many_threads_share_one_encoder(encoder: VisionEncoder, expected: Embeddings) -> None:
     order = [index % len(SAMPLES) for index in range(60)]
     with ThreadPoolExecutor(8) as pool:

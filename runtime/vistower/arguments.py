@@ -1,4 +1,4 @@
-"""Numbers that callers pass."""
+"""Numbers that callers pass, of any integer type."""
 
 from __future__ import annotations
 
@@ -21,3 +21,19 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None or number < least:
         raise OptionError(f"{name}={value!r} was asked for; it is an integer ≥ {least}.")
     return number
+
+
+def height_and_width(name: str, value: Any) -> tuple[int, int]:
+    """A pair of integers from 1 in any sequence.
+
+    Raises:
+        OptionError: it is none.
+    """
+    try:
+        pair = [] if isinstance(value, (str, bytes)) else list(value)
+    except TypeError:
+        pair = []
+    if len(pair) != 2:
+        raise OptionError(f"{name}={value!r} was asked for; it is (height, width) in pixels.")
+    height, width = (whole_number(name, side, 1) for side in pair)
+    return height, width

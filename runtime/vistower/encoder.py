@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vistower.arguments import height_and_width, whole_number
 from vistower.bundle import Bundle, BundleGraph, find_bundle
 from vistower.errors import DeviceError, EmptyInputError, ImageFormatError, OptionError
 from vistower.execution.binding import Warmed
@@ -90,7 +91,7 @@ class VisionEncoder:
         devices: Sequence[DeviceLike] | None = None,
         providers: Sequence[ProviderLike] | None = None,
         precision: str = "auto",
-        resolution: tuple[int, int] | None = None,
+        resolution: Sequence[int] | None = None,
         graph: str | None = None,
         threads: int | None = None,
         options: SessionOptions | None = None,
@@ -101,8 +102,9 @@ class VisionEncoder:
         Args:
             bundle: a bundle's directory, or a hub id or checkpoint directory whose bundle is in
                 the cache. Nothing is downloaded or exported.
-            device: ``auto``, ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]`` or a
-                ``torch.device``. Only ``auto`` chooses; the others are had or refused.
+            device: ``auto``, ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]``, a
+                ``torch.device``, or the index of a CUDA device. Only ``auto`` chooses; the others
+                are had or refused.
             devices: several of them, e.g. ``["cuda:0", "cuda:1"]``: each batch is shared out.
             providers: execution providers as ONNX Runtime takes them; the first must be active.
                 Give one of ``device``, ``devices`` and ``providers``.
@@ -121,7 +123,16 @@ class VisionEncoder:
         Raises:
             BundleNotFoundError, BundleCorruptError, BundleUnsupportedError: see `find_bundle`.
             DeviceError: the device cannot be had; its subclass and message say why.
+            OptionError: no devices, or a resolution or a number of threads that is none.
         """
+        if devices is not None and (isinstance(devices, str) or not len(devices)):
+            raise OptionError(
+                f"devices={devices!r} was asked for; it is a list of at least one device, e.g. "
+                f"['cuda:0', 'cuda:1']."
+            )
+        size = None if resolution is None else height_and_width("resolution", resolution)
+        if threads is not None:
+            threads = whole_number("threads", threads, 1)
         found = find_bundle(bundle)
         if sum((device != "auto", devices is not None, providers is not None)) > 1:
             raise DeviceError("Give one of device, devices and providers.")
@@ -133,7 +144,7 @@ class VisionEncoder:
         if graph is not None:
             taken = found.graph(graph)
         else:
-            taken, options, reason = _choose(found, on, precision, resolution, options)
+            taken, options, reason = _choose(found, on, precision, size, options)
             if on[0].on_gpu and precision == "auto":
                 why += f"; {taken.precision}: {reason}"
         session: Session | Replicas

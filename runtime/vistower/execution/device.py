@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ PROVIDERS: Mapping[str, str] = MappingProxyType(
 """Device type → the execution provider that must be active for it."""
 
 
+_REMOTE = "AzureExecutionProvider"
+"""Calls endpoints for operators that no vision tower has, and so computes nothing of one. It comes
+first in ``onnxruntime.get_available_providers()`` of the CPU's wheel."""
+
+
 class TorchDevice(Protocol):
     """What is read of a ``torch.device``; torch itself is never imported."""
 
@@ -29,7 +35,7 @@ class TorchDevice(Protocol):
     index: int | None
 
 
-DeviceLike: TypeAlias = str | TorchDevice
+DeviceLike: TypeAlias = str | int | TorchDevice
 ProviderLike: TypeAlias = str | tuple[str, Mapping[str, Any]]
 """An execution provider as ONNX Runtime takes it: its name, or its name and options."""
 
@@ -70,23 +76,38 @@ CPU = Device("cpu")
 def parse_device(device: DeviceLike) -> Device | None:
     """Read ``auto`` (None), ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]``, or torch's.
 
+    As torch reads them: an integer is the index of a CUDA device, and ``cpu:N`` is the CPU.
+
     Raises:
         DeviceError: it is none of them.
     """
-    if isinstance(device, str):
-        text = device
-    else:
-        kind, index = getattr(device, "type", None), getattr(device, "index", None)
-        text = str(kind) if index is None else f"{kind}:{index}"
+    text = _spelled(device)
     if text == "auto":
         return None
-    match = re.fullmatch(r"(cpu|openvino)|(cuda|tensorrt)(?::(\d+))?", text)
+    match = re.fullmatch(
+        r"(?:(openvino)|(cpu)(?::N)?|(cuda|tensorrt)(?::(N))?)".replace("N", r"(?:0|[1-9][0-9]*)"),
+        text,
+    )
     if match is None:
         raise DeviceError(
-            f"device={device!r} is not known. Use 'auto', 'cpu', 'openvino', 'cuda', 'cuda:N', "
-            f"'tensorrt' or 'tensorrt:N'."
+            f"device={device!r} is not known. Use 'auto', 'cpu', 'openvino', 'cuda', 'cuda:N' (or "
+            f"N, an integer), 'tensorrt' or 'tensorrt:N'."
         )
-    return Device(match[1]) if match[1] else Device(match[2], int(match[3] or 0))
+    if match[3] is None:
+        return Device(match[1] or match[2])
+    return Device(match[3], int(match[4] or 0))
+
+
+def _spelled(device: DeviceLike) -> str:
+    if isinstance(device, str):
+        return device
+    if hasattr(device, "type"):
+        index = getattr(device, "index", None)
+        return str(device.type) if index is None else f"{device.type}:{index}"
+    try:
+        return "" if isinstance(device, bool) else f"cuda:{operator.index(device)}"
+    except TypeError:
+        return ""
 
 
 def parse_providers(
@@ -95,7 +116,8 @@ def parse_providers(
     """Read ``providers`` as ONNX Runtime's users write it: names, or (name, options), best first.
 
     Returns the device of the first provider, which must be active once the session exists, and
-    every provider with its options as strings.
+    every provider with its options as strings. AzureExecutionProvider is left out: it computes
+    nothing of a vision tower.
 
     Raises:
         DeviceError: the list is empty or malformed.
@@ -110,6 +132,11 @@ def parse_providers(
         raise DeviceError(
             f"providers={providers!r} is not a list of providers. Give names, or (name, options) "
             f"pairs, e.g. [('CUDAExecutionProvider', {{'device_id': 0}}), 'CPUExecutionProvider']."
+        )
+    pairs = [pair for pair in pairs if pair[0] != _REMOTE]
+    if not pairs:
+        raise DeviceError(
+            f"providers={providers!r}: {_REMOTE} computes nothing of a vision tower. Add another."
         )
     first, settings = pairs[0]
     kinds = {provider: kind for kind, provider in PROVIDERS.items()}

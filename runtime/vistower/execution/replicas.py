@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vistower.errors import DeviceError
 from vistower.execution.binding import Warmed
 from vistower.execution.device import Device
 from vistower.execution.session import Session
@@ -26,13 +25,7 @@ class Replicas:
     """
 
     def __init__(self, sessions: Sequence[Session]) -> None:
-        """Join sessions of one graph.
-
-        Raises:
-            DeviceError: there is none.
-        """
-        if not sessions:
-            raise DeviceError("devices is empty. Give at least one, e.g. ['cuda:0', 'cuda:1'].")
+        """Join sessions of one graph, at least one."""
         self.sessions = tuple(sessions)
         self._pending = [0] * len(sessions)
         self._lock = threading.Lock()
