@@ -95,7 +95,9 @@ def open_image(source: Encoded, draft: int | None = None) -> Image.Image:
 
 
 def _decoded(file: str | bytes, draft: int | None) -> Image.Image:
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    # Pillow leaves a path's file open where reading it fails.
+    binary = io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")  # noqa: PTH123, SIM115
+    with binary, Image.open(binary) as image:
         if draft is not None:
             image.draft(None, (draft, draft))
         ImageOps.exif_transpose(image, in_place=True)
@@ -223,10 +225,21 @@ def _read(file: IO[bytes]) -> bytes:
 
 
 def _rewind(file: IO[bytes]) -> None:
-    """To the start, where the file can; uploads and maps may lack ``seekable``, sockets both."""
-    seekable = getattr(file, "seekable", None)
-    if seekable() if callable(seekable) else hasattr(file, "seek"):
+    """To the start, where the file can: uploads, maps and archives may lack ``seekable``."""
+    # One that says it can and then fails is broken.
+    missing = AttributeError, NotImplementedError
+    known = False
+    try:
+        known = file.seekable()
+        if not known:
+            return
+    except missing:
+        pass
+    try:
         file.seek(0)
+    except (*missing, io.UnsupportedOperation):
+        if known:
+            raise
 
 
 def _read_on(file: IO[bytes], data: bytes) -> bytes:
