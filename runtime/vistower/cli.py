@@ -31,6 +31,7 @@ from vistower.errors import (
 from vistower.golden import replay
 from vistower.interrupts import stoppable
 from vistower.picture_files import find_pictures
+from vistower.printable import printable
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export.needs import require_exporter
 
@@ -41,8 +42,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Image embeddings from CLIP and DINOv3 vision towers on ONNX Runtime, without torch.",
 )
-out = Console(soft_wrap=True, highlight=False, markup=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+class _Terminal(Console):
+    """A console whose text, made of names from outside too, cannot act on it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        shown = (printable(x, keep="\n") if isinstance(x, str) else x for x in objects)
+        super().print(*shown, **options)
+
+
+out = _Terminal(soft_wrap=True, highlight=False, markup=False)
+err = _Terminal(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 Bundled = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="A bundle's directory, or a model in the cache.")
@@ -342,19 +353,20 @@ def models() -> None:
     rows = 0
     for path, found in cached_bundles():
         rows += 1
+        name = printable(path.name)
         if not isinstance(found, Bundle):
-            out.print(f"{path.name}\n  broken: {found}")
+            out.print(f"{name}\n  broken: {found}")
             continue
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         manifest = found.manifest
         if manifest is None:
-            out.print(f"{path.name}\n  {found.name}, {_megabytes(size)}, portable graph")
+            out.print(f"{name}\n  {found.name}, {_megabytes(size)}, portable graph")
             continue
         revision = f"@{manifest.source.revision[:12]}" if manifest.source.revision else ""
         label = ", random-weight" if manifest.source.random_weight else ""
         graphs = ", ".join(manifest.graphs)
         out.print(
-            f"{path.name}\n  {manifest.source.model}{revision}: {manifest.model_type}, "
+            f"{name}\n  {manifest.source.model}{revision}: {manifest.model_type}, "
             f"{_megabytes(size)}, graphs {graphs}{label}"
         )
     if not rows:

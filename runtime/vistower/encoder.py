@@ -22,7 +22,13 @@ from PIL import Image
 
 from vistower.arguments import height_and_width, whole_number
 from vistower.bundle import Bundle, BundleGraph, find_bundle
-from vistower.errors import DeviceError, EmptyInputError, ImageFormatError, OptionError
+from vistower.errors import (
+    DeviceError,
+    EmptyInputError,
+    ImageFormatError,
+    OptionError,
+    PrecisionError,
+)
 from vistower.execution.binding import Warmed
 from vistower.execution.cuda_machine import compute_capability
 from vistower.execution.cuda_problems import DeviceChoice, choose_device
@@ -386,6 +392,13 @@ def _choose(
     ]
     # Devices that auto would treat differently have fp32 in common.
     choice = next((one for one in choices if one.precision == "fp32"), choices[0])
+    if choice.graph not in candidates:
+        held = ", ".join(f"{name} ({graph.name})" for name, graph in candidates.items()) or "none"
+        raise PrecisionError(
+            f"{choice.reason}, but {bundle.directory} has no {choice.graph} graph that "
+            f"{', '.join(map(str, on))} takes (it has {held}). Take one by its name, "
+            f"graph=..., or export the checkpoint again."
+        )
     if choice.tf32:
         options = replace(options or SessionOptions(), tf32=True)
     return candidates[choice.graph], options, choice.reason

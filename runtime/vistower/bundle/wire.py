@@ -100,7 +100,11 @@ class _Parser:
         elif wire == _LENGTH and field.kind == "text":
             if len(value) > LONGEST_TEXT:
                 raise WireError(f"{field.name} of {len(value)} bytes")
-            return str(value, "utf-8")
+            text = str(value, "utf-8")
+            # Whoever runs the file will show such a name in messages and logs of its own.
+            if not text.isprintable():
+                raise WireError(f"{field.name} {text!r}, which is not printable")
+            return text
         elif wire == _LENGTH and field.kind != "int":
             return self.message(value, field.kind, depth + 1)
         raise WireError(f"{field.name} has wire type {wire}")
