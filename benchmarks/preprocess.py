@@ -112,7 +112,10 @@ class Case:
         class_name, backend, _ = REFERENCES[self.name]
         reference = getattr(transformers, class_name)()
         ours = Preprocessor.from_config(
-            reference.to_dict(), backend=backend, transparency=transparency(reference)
+            reference.to_dict(),
+            backend=backend,
+            transparency=transparency(reference),
+            transformers=transformers.__version__,
         )
         image = Image.open(SAMPLES[0]).convert("RGB").resize(self.size, Image.Resampling.BICUBIC)
         return reference, ours, image

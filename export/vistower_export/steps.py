@@ -115,7 +115,10 @@ def load(
     processor = hf.load_processor(directory, backend)
     saved = hf.processor_config(processor)
     preprocessor = Preprocessor.from_config(
-        saved, backend=hf.processor_backend(processor), transparency=hf.transparency(processor)
+        saved,
+        backend=hf.processor_backend(processor),
+        transparency=hf.transparency(processor),
+        transformers=importlib.metadata.version("transformers"),
     )
     own = preprocessor.output_size
     sizes = resolutions or [own]

@@ -39,6 +39,7 @@ from vistower.execution.replicas import Replicas
 from vistower.execution.session import Session
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
+from vistower.preprocess.arrays import is_array, pictures_of
 from vistower.preprocess.encoded import is_encoded
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.processor import Decode, Preprocessor
@@ -432,19 +433,17 @@ def _reopen(
 
 
 def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
-    if isinstance(images, Image.Image) or is_encoded(images):
+    is_one = isinstance(images, Image.Image) or is_encoded(images)
+    if is_one or (is_array(images) and images.ndim != 4):
         return [cast("ImageInput", images)]
-    if isinstance(images, np.ndarray):
-        if images.ndim == 4:
-            images = list(images)
-        else:
-            return [images]
     if not isinstance(images, Iterable):
         raise ImageFormatError(
-            f"{type(images).__name__} is no picture. Pass a PIL image, an H×W×3 uint8 array, a "
+            f"{type(images).__name__} is no picture. Pass a PIL image, an array or torch tensor, a "
             f"path, an encoded picture's bytes, a binary file object, or several of them."
         )
-    pictures = cast("list[ImageInput]", list(images))
+    pictures: list[ImageInput] = [
+        picture for given in images for picture in pictures_of(given)
+    ]
     if not pictures:
         raise EmptyInputError("There is no picture to embed: the batch is empty.")
     return pictures

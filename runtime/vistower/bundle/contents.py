@@ -135,7 +135,10 @@ class Bundle:
             return Preprocessor.from_config(config)
         reference = self.manifest.preprocessing
         return Preprocessor.from_config(
-            config, backend=reference.backend, transparency=reference.transparency
+            config,
+            backend=reference.backend,
+            transparency=reference.transparency,
+            transformers=self.manifest.made_with["transformers"],
         )
 
     def layout_at(self, resolution: tuple[int, int]) -> TokenLayout:

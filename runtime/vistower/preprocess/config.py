@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vistower.errors import ProcessorConfigError
-from vistower.preprocess.frame import Size
+from vistower.preprocess.classes import Backend, ProcessorClass, class_and_backend
+from vistower.preprocess.convert import Grey, Transparency
+from vistower.preprocess.frame import CenterCrop, Edges, Size
 from vistower.preprocess.resize import Filter
 from vistower.preprocess.scaling import Scaling, Triple
 from vistower.schema import Either, Flag, ListOf, Maybe, Real, Record, SchemaError, Text, Whole
-
-Backend = Literal["torchvision", "pil"]
-Transparency = Literal["white", "dropped"]
 
 RESAMPLE: Mapping[int, Filter] = {
     0: "nearest",
@@ -29,48 +27,23 @@ RESAMPLE: Mapping[int, Filter] = {
 _PIL_ONLY: frozenset[Filter] = frozenset({"box", "hamming"})
 """Filters torchvision does not have for tensors: its processors fail on them."""
 
-_CLIP_NAMES = frozenset(
-    {
-        "CLIPImageProcessor",
-        "CLIPImageProcessorFast",
-        "CLIPFeatureExtractor",
-        "CLIPImageProcessorPil",
-    }
-)
-_DINOV3_NAMES = frozenset({"DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast"})
-
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "clip": {
-        "size": {"shortest_edge": 224},
-        "crop_size": {"height": 224, "width": 224},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "resample": 3,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    },
-    "dinov3": {
-        "size": {"height": 224, "width": 224},
-        "do_center_crop": False,
-        "do_convert_rgb": False,
-        "resample": 2,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-    },
-}
-"""What the Hugging Face classes assume where a config is silent or says null."""
-
 _SIDE = Whole(1, 1 << 14)
+_EDGES = ("height", "width", "shortest_edge", "longest_edge")
 _PICTURE_SIZE = Maybe(
     Either(
         _SIDE,
-        Record(
-            dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), Maybe(_SIDE)),
-            open=True,
-        ),
+        Either(ListOf(_SIDE, 2, 2), Record(dict.fromkeys(_EDGES, Maybe(_SIDE)), open=True)),
     )
 )
-_FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+_FLAGS = (
+    *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
+    *("default_to_square", "rescale_offset", "include_top"),
+)
+
+
+def _by_channel(number: Real) -> Maybe:
+    return Maybe(Either(number, ListOf(number, 3, 3)))
+
 
 RULE = Record(
     {
@@ -78,10 +51,11 @@ RULE = Record(
         "feature_extractor_type": Maybe(Text(longest=64)),
         "size": _PICTURE_SIZE,
         "crop_size": _PICTURE_SIZE,
+        "crop_pct": Maybe(Real(1e-2, 1e2)),
         "resample": Maybe(Whole(0, 99)),
         "rescale_factor": Maybe(Real(1e-6, 1e6)),
-        "image_mean": Maybe(ListOf(Real(-1e6, 1e6), 3, 3)),
-        "image_std": Maybe(ListOf(Real(1e-6, 1e6), 3, 3)),
+        "image_mean": _by_channel(Real(-1e6, 1e6)),
+        "image_std": _by_channel(Real(1e-6, 1e6)),
         **dict.fromkeys(_FLAGS, Maybe(Flag())),
     },
     open=True,
@@ -89,31 +63,72 @@ RULE = Record(
 """Types and ranges of what is read; the file holds more. Sides are bounded so that no file asks
 for gigabytes a picture, the divisor away from zero so that no pixel becomes infinite."""
 
-_REFUSED_IF_SET = ("do_pad", "pad_size", "size_divisor", "use_square_size", "do_flip_channel_order")
+_REFUSED_IF_SET = (
+    "do_pad",
+    "pad_size",
+    "size_divisor",
+    "use_square_size",
+    "do_flip_channel_order",
+    "input_data_format",
+)
+
+_SQUASHES_FROM = 384
+"""ConvNeXt's shortest edge from which a picture is resized to a square, and not cropped."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What an image processor does to a picture.
 
-    ``size`` is (height, width), or one number for the shortest edge, in pixels. ``transparency``
-    says what becomes of an alpha channel before the RGB conversion: blended onto white
-    (transformers 5) or dropped (4.57). ``rescale_first`` is DINOv3's order.
+    ``size`` is (height, width), or the edges of a resize that keeps the aspect ratio, or None
+    without a resize. ``transparency`` says what becomes of an alpha channel before the RGB
+    conversion: blended onto white (transformers 5) or dropped (4.57). ``transformers`` is the
+    major whose rules for arrays hold. ``rescale_first`` is DINOv3's order, ``grey`` the dtypes of
+    which one channel serves all three.
     """
 
     processor: str
     backend: Backend
-    size: int | Size
+    transformers: int
+    size: Size | Edges | None
     resample: Filter
-    crop: Size | None
+    crop: CenterCrop | None
     convert_rgb: bool
     transparency: Transparency
     rescale_first: bool
+    grey: Grey
     scaling: Scaling
 
 
+class _Config:
+    """The options of a configuration, with what the class assumes where it is silent."""
+
+    def __init__(
+        self, config: Mapping[str, Any], record: ProcessorClass, backend: Backend, major: int
+    ) -> None:
+        self._config, self._record, self._major = config, record, major
+        self.is_pil_4 = backend == "pil" and major < 5
+
+    def get(self, name: str) -> Any:
+        if self.is_pil_4 and name in self._record.pil_4_lacks:
+            return None
+        value = self._config.get(name)
+        if value is None and not (name.startswith("do_") and self._means_null(name)):
+            value = self._record.default(name, self._major)
+        return value
+
+    def on(self, name: str) -> bool:
+        """An option that is on unless it says otherwise."""
+        value = self._config.get(name)
+        return not self._means_null(name) if value is None else bool(value)
+
+    def _means_null(self, name: str) -> bool:
+        """Whether a null is no silence: the PIL classes of 4.57 take it for what it says."""
+        return self.is_pil_4 and name in self._config
+
+
 def read_options(
-    config: Mapping[str, Any], backend: str | None, transparency: Transparency
+    config: Mapping[str, Any], backend: str | None, transparency: Transparency, transformers: int
 ) -> Options:
     """Read a parsed ``preprocessor_config.json``; see `Preprocessor.from_config`.
 
@@ -125,87 +140,128 @@ def read_options(
     except SchemaError as error:
         raise ProcessorConfigError(f"preprocessor_config.json: {error}.") from error
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
-    if name in _CLIP_NAMES:
-        family = "clip"
-    elif name in _DINOV3_NAMES:
-        family = "dinov3"
-    else:
-        raise ProcessorConfigError(
-            f"image_processor_type={name!r} is not known. Known: "
-            f"{', '.join(sorted(_CLIP_NAMES | _DINOV3_NAMES))}."
-        )
-    if backend not in (None, "torchvision", "pil") or (backend == "pil" and family != "clip"):
-        raise ProcessorConfigError(f"{name} has no backend {backend!r}.")
+    record, chosen = class_and_backend(name, backend)
     for key in _REFUSED_IF_SET:
         if config.get(key):
             raise ProcessorConfigError(f"{key}={config[key]!r} is not reproduced.")
-    for key in ("do_resize", "do_rescale"):
-        if config.get(key) is False:
-            raise ProcessorConfigError(f"{key}=false is not reproduced: remove it.")
-
-    def option(key: str) -> Any:
-        value = config.get(key)
-        return _DEFAULTS[family].get(key) if value is None else value
-
-    resample = RESAMPLE.get(option("resample"))
-    if resample is None or (resample in _PIL_ONLY and backend != "pil"):
-        raise ProcessorConfigError(
-            f"resample={option('resample')!r} is not reproduced. The torchvision processors "
-            f"have 0 (nearest), 1 (lanczos), 2 (bilinear) and 3 (bicubic), CLIP's PIL backend "
-            f"4 (box) and 5 (hamming) too."
-        )
-    size = _size(option("size"), default_to_square=family != "clip")
-    crop = _pair(option("crop_size"), "crop_size") if option("do_center_crop") else None
-    smallest = (size, size) if isinstance(size, int) else size
-    if crop is not None and (crop[0] > smallest[0] or crop[1] > smallest[1]):
-        raise ProcessorConfigError(
-            f"crop_size={crop} is larger than size={size}: padding is not reproduced."
-        )
-    normalize = config.get("do_normalize") is not False
+    if config.get("data_format") not in (None, "channels_first"):
+        raise ProcessorConfigError(f"data_format={config['data_format']!r} is not reproduced.")
+    options = _Config(config, record, chosen, transformers)
+    size, crop = _geometry(options, record, chosen, transformers)
+    scaling = _scaling(options, record)
     return Options(
         processor=str(name),
-        backend="pil" if backend == "pil" else "torchvision",
+        backend=chosen,
+        transformers=transformers,
         size=size,
-        resample=resample,
+        resample=_resample(options.get("resample"), chosen),
         crop=crop,
-        convert_rgb=bool(option("do_convert_rgb")),
+        convert_rgb=bool(options.get("do_convert_rgb")),
         transparency=transparency,
-        rescale_first=family == "dinov3",
-        scaling=Scaling(
-            factor=float(config.get("rescale_factor") or 1 / 255),
-            mean=_triple(option("image_mean"), "image_mean") if normalize else None,
-            std=_triple(option("image_std"), "image_std") if normalize else None,
-        ),
+        rescale_first=record.rescale_first,
+        grey=_grey(record, chosen, transformers) if scaling.mean is not None else "none",
+        scaling=scaling,
     )
 
 
-def _pair(value: Any, name: str) -> Size:
-    if isinstance(value, int):
-        return value, value
-    if isinstance(value, Mapping) and value.get("height") and value.get("width"):
-        return int(value["height"]), int(value["width"])
-    raise ProcessorConfigError(f"{name}={value!r} is not reproduced; height and width are.")
+def _grey(record: ProcessorClass, backend: Backend, transformers: int) -> Grey:
+    if backend == "pil":
+        return "none"
+    if record.grey or transformers < 5:
+        return "any"
+    # What is no float32 is copied, normalized in place, and cannot grow to three channels.
+    return "float32"
 
 
-def _size(value: Any, *, default_to_square: bool) -> int | Size:
+def _resample(value: Any, backend: Backend) -> Filter:
+    resample = RESAMPLE.get(value)
+    if resample is None or (resample in _PIL_ONLY and backend != "pil"):
+        raise ProcessorConfigError(
+            f"resample={value!r} is not reproduced. The torchvision processors have 0 (nearest), "
+            f"1 (lanczos), 2 (bilinear) and 3 (bicubic), the PIL ones 4 (box) and 5 (hamming) too."
+        )
+    return resample
+
+
+def _geometry(
+    options: _Config, record: ProcessorClass, backend: Backend, transformers: int
+) -> tuple[Size | Edges | None, CenterCrop | None]:
+    """The resize, and the centre crop after it."""
+    pads_ahead = backend == "pil"
+    crop = None
+    if options.get("do_center_crop"):
+        crop = CenterCrop(_crop_size(options.get("crop_size")), pads_ahead=pads_ahead)
+    if not options.on("do_resize"):
+        return None, crop
+    given = options.get("size")
+    size = _size(given, options.get("default_to_square") is not False)
+    keys = ("shortest_edge",) if isinstance(size, Edges) else ("height", "width")
+    if options.is_pil_4:
+        if not set(keys) <= set(record.pil_4_sizes):
+            raise ProcessorConfigError(
+                f"size={given!r}: transformers 4.57's {record.name} takes "
+                f"{', '.join(record.pil_4_sizes)}."
+            )
+        # It does not look at a longest edge.
+        size = Edges(size.shortest) if isinstance(size, Edges) else size
+    if not record.crop_pct:
+        return size, crop
+    if not isinstance(size, Edges) or size.longest is not None or crop is not None:
+        raise ProcessorConfigError(
+            f"size={given!r}: {record.name} is reproduced with a shortest_edge alone and without "
+            f"do_center_crop."
+        )
+    edge, part = size.shortest, options.get("crop_pct")
+    if edge >= _SQUASHES_FROM:
+        return (edge, edge), None
+    # Its torchvision class of 4.57 crops with torchvision's own function.
+    own = backend == "torchvision" and transformers < 5
+    return Edges(int(edge / part)), CenterCrop((edge, edge), own, pads_ahead)
+
+
+def _scaling(options: _Config, record: ProcessorClass) -> Scaling:
+    rescale, normalize = options.on("do_rescale"), options.on("do_normalize")
+    if not rescale and (record.rescale_first or not normalize):
+        raise ProcessorConfigError(
+            "do_rescale=false is not reproduced without do_normalize, nor for DINOv3's class: the "
+            "pixels would be levels, not floats."
+        )
+    factor = options.get("rescale_factor")
+    mean, std = _triple(options.get("image_mean")), _triple(options.get("image_std"))
+    shifted = record.offset_and_top and rescale and options.get("rescale_offset")
+    return Scaling(
+        factor=(1 / 255 if factor is None else factor) if rescale else 1.0,
+        mean=mean if normalize else None,
+        std=std if normalize else None,
+        offset=-1.0 if shifted else 0.0,
+        top=std if record.offset_and_top and options.get("include_top") else None,
+    )
+
+
+def _crop_size(value: Any) -> Size:
+    size = _size(value, True, "crop_size")
+    if isinstance(size, Edges):
+        raise ProcessorConfigError(f"crop_size={value!r} is not reproduced; height and width are.")
+    return size
+
+
+def _size(value: Any, default_to_square: bool, name: str = "size") -> Size | Edges:
     if isinstance(value, int):
-        return (value, value) if default_to_square else value
-    if isinstance(value, Mapping):
-        given = {key: number for key, number in value.items() if number}
-        if given.keys() == {"shortest_edge"}:
-            return int(given["shortest_edge"])
-        if given.keys() == {"height", "width"}:
-            return int(given["height"]), int(given["width"])
+        return (value, value) if default_to_square else Edges(value)
+    if isinstance(value, list):
+        return value[0], value[1]
+    given = {key: number for key, number in (value or {}).items() if number is not None}
+    if given.keys() == {"height", "width"}:
+        return given["height"], given["width"]
+    if given.keys() in ({"shortest_edge"}, {"shortest_edge", "longest_edge"}):
+        return Edges(given["shortest_edge"], given.get("longest_edge"))
     raise ProcessorConfigError(
-        f"size={value!r} is not reproduced; shortest_edge alone, or height and width, are."
+        f"{name}={value!r} is not reproduced; height and width, shortest_edge, or shortest_edge "
+        f"and longest_edge are, in whole pixels."
     )
 
 
-def _triple(value: Any, name: str) -> Triple:
-    if (
-        isinstance(value, Sequence)
-        and len(value) == 3
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in value)
-    ):
+def _triple(value: Any) -> Triple:
+    if isinstance(value, list):
         return float(value[0]), float(value[1]), float(value[2])
-    raise ProcessorConfigError(f"{name}={value!r} is not reproduced; three numbers are.")
+    return float(value), float(value), float(value)

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vistower.errors import ImageDecodeError, ImageFormatError
+from vistower.errors import ImageDecodeError
 from vistower.forks import in_every_child
+from vistower.preprocess.arrays import Tensor
 from vistower.preprocess.encoded import Encoded, tolerating_warnings
 
-ImageInput: TypeAlias = "Image.Image | npt.NDArray[Any] | Encoded"
-"""A PIL image, an array H x W x 3 of uint8, or an encoded picture: a path, a data URI, bytes, or a
-binary file object (read from its start)."""
+ImageInput: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor | Encoded"
+"""A PIL image, an array or torch tensor (H x W x 3 or 3 x H x W), or an encoded picture: a path, a
+data URI, bytes, or a binary file object (read from its start)."""
 
 _LOADING: list[threading.Lock] = []
 
@@ -79,13 +80,15 @@ class _Memory:
         }  # fmt: skip
 
 
-def pixel_view(image: Image.Image) -> npt.NDArray[Any]:
+def pixel_view(image: Image.Image | npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The pixels of a PIL image: (H, W, 4) uint8 for RGB, the fourth without meaning, where
     Pillow can lend its memory (Arrow's C interface, images up to 16 MB); else as an array of the
-    image is, with an axis of channels.
+    image is, with an axis of channels. An array is its own pixels.
 
     Packing RGB into 3 bytes costs a copy, and more than the resize in page faults.
     """
+    if isinstance(image, np.ndarray):
+        return image
     if (
         image.mode == "RGB"
         and hasattr(image, "__arrow_c_array__")
@@ -103,24 +106,3 @@ def pixel_view(image: Image.Image) -> npt.NDArray[Any]:
                 return np.asarray(_Memory(capsule, values.buffers[1], shape))
     array = np.asarray(image)
     return array if array.ndim == 3 else array[:, :, None]
-
-
-def checked_array(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Require an array H x W x 3 of uint8 with at least one pixel.
-
-    Raises:
-        ImageFormatError: another shape or dtype.
-    """
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ImageFormatError(
-            f"An array of shape {image.shape} is no picture here: pass H x W x 3 (RGB, channels "
-            f"last), e.g. numpy.asarray(image.convert('RGB'))."
-        )
-    if image.dtype != np.uint8:
-        raise ImageFormatError(
-            f"A picture of {image.dtype} was passed: pass uint8 in 0..255, e.g. "
-            f"(array * 255).round().astype(numpy.uint8) for floats in 0..1."
-        )
-    if not image.size:
-        raise ImageFormatError(f"An array of shape {image.shape} has no pixels.")
-    return image

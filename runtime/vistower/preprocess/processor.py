@@ -2,8 +2,8 @@
 
 Every option that changes pixels is honoured or refused by name (`vistower.preprocess.config`). The
 pixels are computed in the arithmetic of one of three references:
-`vistower.preprocess.torchvision_levels`, `vistower.preprocess.pillow_levels` and
-`vistower.preprocess.rescaled_floats`.
+`vistower.preprocess.torchvision_arithmetic`, `vistower.preprocess.pillow_arithmetic` and
+`vistower.preprocess.dinov3_arithmetic`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from PIL import Image
 
 from vistower.errors import ImageFormatError, OptionError, ProcessorConfigError
 from vistower.lazy import cached_property
-from vistower.preprocess.config import Backend, Options, Transparency, read_options
+from vistower.preprocess.arrays import is_array
+from vistower.preprocess.classes import Backend
+from vistower.preprocess.config import Options, read_options
+from vistower.preprocess.convert import Conversion, Picture, Transparency
+from vistower.preprocess.dinov3_arithmetic import DINOv3Arithmetic
 from vistower.preprocess.encoded import is_encoded, open_image
-from vistower.preprocess.frame import Frame, Size, center, shortest_edge
-from vistower.preprocess.images import ImageInput, checked_array, loaded
-from vistower.preprocess.pillow_levels import PillowLevels
-from vistower.preprocess.rescaled_floats import RescaledFloats
-from vistower.preprocess.torchvision_levels import TorchvisionLevels
+from vistower.preprocess.frame import CenterCrop, Edges, Frame, Size
+from vistower.preprocess.images import ImageInput
+from vistower.preprocess.pillow_arithmetic import PillowArithmetic
+from vistower.preprocess.torchvision_arithmetic import TorchvisionArithmetic, padded
 
 __all__ = ["Backend", "Decode", "Pixels", "Preprocessor", "Transparency"]
 
 Pixels = Literal["float32", "uint8"]
 Decode = Literal["exact", "draft"]
-
-_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
-"""Modes of PIL images with more than eight bits a channel."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Preprocessor(Options):
     ``pixels`` is the type of what comes out, see `as_levels`.
     ``decode="draft"`` decodes a JPEG (a file, bytes) at 1/2, 1/4 or 1/8 of its size where that
     is no smaller than the resized picture: faster, and no longer exactly the processor's pixels;
-    docs/streaming.md has the measured deviation.
+    docs/preprocessing.md has the measured deviation.
     """
 
     pixels: Pixels = "float32"
@@ -64,20 +64,22 @@ class Preprocessor(Options):
         *,
         backend: str | None = None,
         transparency: Transparency = "white",
+        transformers: str = "5",
     ) -> Preprocessor:
         """Read a parsed ``preprocessor_config.json``.
 
         Args:
             config: as transformers 4.57 or 5 saves it.
-            backend: ``torchvision`` or ``pil``. None takes what transformers 5 would take:
-                torchvision. (A plain ``CLIPImageProcessor`` of transformers 4 was the PIL one;
-                the file does not tell them apart, a bundle's manifest does.)
-            transparency: see the class.
+            backend: ``torchvision`` or ``pil``. None takes the class's name for it, as transformers
+                5 would. (A plain ``CLIPImageProcessor`` of transformers 4 was the PIL one; the file
+                does not tell them apart, a bundle's manifest does.)
+            transparency: see `vistower.preprocess.config.Options`.
+            transformers: version of transformers whose rules hold; a bundle's manifest says it.
 
         Raises:
             ProcessorConfigError: naming the option that is not reproduced.
         """
-        options = read_options(config, backend, transparency)
+        options = read_options(config, backend, transparency, int(transformers.split(".")[0]))
         return cls(**{field.name: getattr(options, field.name) for field in fields(options)})
 
     def resized(self, size: Size) -> Preprocessor:
@@ -92,58 +94,82 @@ class Preprocessor(Options):
             ProcessorConfigError: it depends on the picture.
         """
         if self.crop is not None:
-            return self.crop
-        if isinstance(self.size, int):
-            raise ProcessorConfigError(
-                f"size={{'shortest_edge': {self.size}}} without a centre crop gives every picture "
-                f"another size, and a graph has one: set do_center_crop or a height and a width."
-            )
-        return self.size
+            return self.crop.size
+        if isinstance(self.size, tuple):
+            return self.size
+        raise ProcessorConfigError(
+            f"size={self.size!r} without a centre crop gives every picture another size, and a "
+            f"graph has one: set do_center_crop, or do_resize with a height and a width."
+        )
 
     def __call__(self, image: ImageInput, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """One picture → ``pixel_values`` (3, H, W) float32, written to ``out`` if given.
 
         Args:
             image: a PIL image of any mode the processor takes (its EXIF orientation is not
-                applied: the processor does not either), an array H x W x 3 of uint8, or what
-                `vistower.preprocess.encoded.open_image` opens: a path, bytes, a binary file object.
+                applied: the processor does not either), an array or a torch tensor H x W x C or
+                C x H x W, or what `vistower.preprocess.encoded.open_image` opens: a path, bytes, a
+                binary file object. docs/preprocessing.md has the modes and dtypes.
             out: (3, H, W) float32; uint8 of a processor that gives levels.
 
         Raises:
             ImageDecodeError, ImageFormatError: the picture cannot be used.
         """
         picture = self._picture(image)
-        if isinstance(picture, Image.Image):
-            frame = self._frame(picture.height, picture.width)
-        else:
-            frame = self._frame(*picture.shape[:2])
+        frame = self._frame(picture)
         if out is None:
             out = np.empty((3, *self.output_size), dtype=self.pixels)
-        if isinstance(self._arithmetic, RescaledFloats):
-            self._arithmetic.write(picture, frame, out)
-            return out
-        levels = self._arithmetic.levels(picture, frame)
-        # One channel serves all three, as broadcasting does in torch.
-        planes = levels[:3] if len(levels) >= 3 else np.broadcast_to(levels, out.shape)
-        if self.pixels == "uint8":
-            out[:] = planes
+        arithmetic = self._arithmetic
+        if self.pixels == "float32":
+            arithmetic.write(picture, frame, out)
+        elif isinstance(arithmetic, DINOv3Arithmetic) or (
+            isinstance(picture, np.ndarray) and picture.dtype != np.uint8
+        ):
+            raise ImageFormatError(
+                "A graph that takes uint8 levels takes pictures of uint8 only: pass uint8, or "
+                "open the bundle with pixels='float32'."
+            )
         else:
-            self._arithmetic.write(planes, out)
+            out[:] = padded(arithmetic.levels(picture, frame), frame)
         return out
 
     @cached_property
-    def _arithmetic(self) -> TorchvisionLevels | PillowLevels | RescaledFloats:
+    def _arithmetic(self) -> TorchvisionArithmetic | PillowArithmetic | DINOv3Arithmetic:
         if self.rescale_first:
-            return RescaledFloats(self.resample, self.scaling)
+            return DINOv3Arithmetic(self.resample, self.scaling)
         if self.backend == "pil":
-            return PillowLevels(self.resample, self.scaling)
-        return TorchvisionLevels(self.resample, self.scaling)
+            return PillowArithmetic(self.resample, self.scaling)
+        return TorchvisionArithmetic(self.resample, self.scaling)
 
-    def _frame(self, height: int, width: int) -> Frame:
-        """Where the pixels of a picture of that size lie."""
-        size = self.size
-        resized = shortest_edge(height, width, size) if isinstance(size, int) else size
-        return center(resized, self.output_size)
+    @cached_property
+    def _conversion(self) -> Conversion:
+        return Conversion(
+            processor=self.processor,
+            backend=self.backend,
+            transformers=self.transformers,
+            convert_rgb=self.convert_rgb,
+            transparency=self.transparency,
+            grey=self.grey,
+            any_number=self.rescale_first or self.backend == "pil",
+            half=self.backend == "pil" and self.size is not None,
+        )
+
+    def _frame(self, picture: Picture) -> Frame:
+        """Where the pixels of a picture lie."""
+        if isinstance(picture, Image.Image):
+            have = picture.height, picture.width
+        else:
+            have = picture.shape[0], picture.shape[1]
+        size = self.size or have
+        if isinstance(size, Edges):
+            size = size.size(*have)
+        if 0 in size:
+            raise ImageFormatError(
+                f"A picture of {have[0]} x {have[1]} pixels would be resized to {size}: its sides "
+                f"are too different for this processor."
+            )
+        crop = self.crop or CenterCrop(size)
+        return crop.frame(size, resizes=self.size is not None)
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -169,39 +195,21 @@ class Preprocessor(Options):
             )
         return replace(self, pixels="uint8")
 
-    @property
-    def _draft_size(self) -> int:
-        """Pixels that both sides of a draft keep at least."""
-        return self.size if isinstance(self.size, int) else max(self.size)
-
-    def _picture(self, image: ImageInput) -> Image.Image | npt.NDArray[np.uint8]:
-        """The picture, decoded and of a mode the processor takes."""
+    def _picture(self, image: ImageInput) -> Picture:
+        """The picture, decoded and as the processor takes it."""
         if is_encoded(image):
             image = open_image(image, self._draft_size if self.decode == "draft" else None)
-        if isinstance(image, np.ndarray):
-            return checked_array(image)
-        if not isinstance(image, Image.Image):
+        if not isinstance(image, Image.Image) and not is_array(image):
             raise ImageFormatError(
-                f"{type(image).__name__} is no picture. Pass a PIL image, an array H x W x 3 of "
-                f"uint8, a path, an encoded picture's bytes or a binary file object."
+                f"{type(image).__name__} is no picture. Pass a PIL image, an array or torch tensor "
+                f"(H x W x 3 or 3 x H x W), a path, an encoded picture's bytes or a binary file "
+                f"object."
             )
-        if not image.width or not image.height:
-            raise ImageFormatError(f"A picture of {image.width} x {image.height} is empty.")
-        image = loaded(image)
-        if self.convert_rgb:
-            return self._to_rgb(image)
-        bands, levels = len(image.getbands()), image.mode not in _DEEP_MODES
-        if bands not in (1, 3) or not (levels or self.rescale_first):
-            raise ImageFormatError(
-                f"{self.processor} takes no picture of mode {image.mode} (its config does not "
-                f"convert to RGB). Pass image.convert('RGB')."
-            )
-        return image
+        return self._conversion(image)
 
-    def _to_rgb(self, image: Image.Image) -> Image.Image:
-        has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
-        if has_alpha and self.transparency == "white":
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+    @property
+    def _draft_size(self) -> int | None:
+        """Pixels that both sides of a draft keep at least; None where every pixel counts."""
+        if isinstance(self.size, Edges):
+            return self.size.shortest
+        return None if self.size is None else max(self.size)

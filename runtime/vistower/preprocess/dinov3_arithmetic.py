@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
+from vistower.preprocess.convert import Picture
 from vistower.preprocess.frame import Frame
 from vistower.preprocess.images import pixel_view
 from vistower.preprocess.resize import Filter, nearest, resize_float
@@ -16,7 +14,7 @@ from vistower.preprocess.scaling import Array, Scaling
 
 
 @dataclass(frozen=True)
-class RescaledFloats:
+class DINOv3Arithmetic:
     """Rescales, resizes and normalizes in float32, the first and the last folded into one factor.
 
     One channel serves all three, as broadcasting does in torch.
@@ -25,21 +23,26 @@ class RescaledFloats:
     resample: Filter
     scaling: Scaling
 
-    def write(self, picture: Image.Image | npt.NDArray[Any], frame: Frame, out: Array) -> None:
+    def write(self, picture: Picture, frame: Frame, out: Array) -> None:
         """Write the pixel values (3, H, W) of a picture's frame."""
-        pixels = pixel_view(picture) if isinstance(picture, Image.Image) else picture
+        pixels = pixel_view(picture)
         size, window = frame.size, frame.window
         scale, offset = (
             np.asarray(values, np.float32)[:, None, None]
             for values in self.scaling.scale_and_offset
         )
+        inside = out
+        if any(frame.padding):
+            out[:] = 0
+            top, left, bottom, right = frame.padding
+            inside = out[:, top : out.shape[1] - bottom, left : out.shape[2] - right]
         if self.resample == "nearest":
             levels = nearest(pixels, size, window)[: 3 if pixels.shape[2] >= 3 else 1]
-            np.multiply(levels, scale, out=out, dtype=np.float32, casting="unsafe")
+            np.multiply(levels, scale, out=inside, dtype=np.float32, casting="unsafe")
         elif pixels.shape[2] == 1:
-            resize_float(pixels, np.ones(1, np.float32), size, window, self.resample, out[:1])
-            np.multiply(out[:1], scale, out=out)
+            resize_float(pixels, np.ones(1, np.float32), size, window, self.resample, inside[:1])
+            np.multiply(inside[:1], scale, out=inside)
         else:
-            resize_float(pixels, scale[:, 0, 0], size, window, self.resample, out)
+            resize_float(pixels, scale[:, 0, 0], size, window, self.resample, inside)
         if self.scaling.mean is not None:
             out += offset

@@ -1,0 +1,170 @@
+"""The Hugging Face image processors that are reproduced, as data: one record a class.
+
+A record has the class's name in transformers 5. transformers 4.57 calls the torchvision one
+``...Fast``, transformers 5 the PIL one ``...Pil``, and both know ``...FeatureExtractor`` from
+older files. Sources: ``transformers/models/*/image_processing_*.py`` of 4.57.6 and 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from vistower.errors import ProcessorConfigError
+
+Backend: TypeAlias = Literal["torchvision", "pil"]
+
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_HALF = [0.5, 0.5, 0.5]
+
+
+@dataclass(frozen=True)
+class ProcessorClass:
+    """What one class of image processors does where its configuration is silent, or never does.
+
+    ``defaults`` are the class's own values, ``defaults_4`` those that differ in 4.57.
+    ``pil_4_lacks`` are options that the PIL class of 4.57 does not read, and ``pil_4_sizes`` the
+    keys of ``size`` that it takes. ``rescale_first``: to float first, then the resize.
+    ``crop_pct``: ConvNeXt's way to resize. ``offset_and_top``: EfficientNet's ``rescale_offset``
+    and ``include_top``. ``grey``: the torchvision class of transformers 5 normalizes one channel of
+    any dtype to three.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    defaults_4: Mapping[str, Any] = field(default_factory=dict)
+    backends: tuple[Backend, ...] = ("torchvision", "pil")
+    pil_4_lacks: frozenset[str] = frozenset()
+    pil_4_sizes: tuple[str, ...] = ("height", "width")
+    rescale_first: bool = False
+    crop_pct: bool = False
+    offset_and_top: bool = False
+    grey: bool = False
+
+    def default(self, option: str, transformers: int) -> Any:
+        """The value of an option that a configuration leaves out, in a major of transformers."""
+        known = {**self.defaults, **(self.defaults_4 if transformers < 5 else {})}
+        return known.get(option)
+
+
+_SQUARE_224 = {"height": 224, "width": 224}
+_CLIP = {
+    "size": {"shortest_edge": 224},
+    "default_to_square": False,
+    "crop_size": _SQUARE_224,
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "resample": 3,
+    "image_mean": _CLIP_MEAN,
+    "image_std": _CLIP_STD,
+}
+
+CLASSES: Mapping[str, ProcessorClass] = {
+    record.name: record
+    for record in (
+        ProcessorClass(
+            "CLIPImageProcessor", _CLIP, pil_4_sizes=("shortest_edge", "height", "width")
+        ),
+        ProcessorClass(
+            "BitImageProcessor", _CLIP, pil_4_sizes=("shortest_edge", "height", "width")
+        ),
+        ProcessorClass(
+            "SiglipImageProcessor",
+            {
+                "size": _SQUARE_224,
+                "default_to_square": False,
+                "do_convert_rgb": True,
+                "resample": 3,
+                "image_mean": _HALF,
+                "image_std": _HALF,
+            },
+            defaults_4={"do_convert_rgb": False},
+            pil_4_lacks=frozenset({"do_center_crop"}),
+        ),
+        ProcessorClass(
+            "ViTImageProcessor",
+            {"size": _SQUARE_224, "resample": 2, "image_mean": _HALF, "image_std": _HALF},
+            pil_4_lacks=frozenset({"do_center_crop"}),
+        ),
+        ProcessorClass(
+            "DeiTImageProcessor",
+            {
+                "size": {"height": 256, "width": 256},
+                "crop_size": _SQUARE_224,
+                "do_center_crop": True,
+                "resample": 3,
+                "image_mean": _HALF,
+                "image_std": _HALF,
+            },
+            pil_4_lacks=frozenset({"do_convert_rgb"}),
+        ),
+        ProcessorClass(
+            "ConvNextImageProcessor",
+            {
+                "size": {"shortest_edge": 384},
+                "default_to_square": False,
+                "crop_pct": 224 / 256,
+                "resample": 3,
+                "image_mean": _HALF,
+                "image_std": _HALF,
+            },
+            defaults_4={"resample": 2},
+            pil_4_lacks=frozenset({"do_center_crop", "do_convert_rgb"}),
+            pil_4_sizes=("shortest_edge",),
+            crop_pct=True,
+        ),
+        ProcessorClass(
+            "EfficientNetImageProcessor",
+            {
+                "size": {"height": 346, "width": 346},
+                "crop_size": {"height": 289, "width": 289},
+                "include_top": True,
+                "resample": 3,
+                "image_mean": _HALF,
+                "image_std": _HALF,
+            },
+            defaults_4={"resample": 0},
+            pil_4_lacks=frozenset({"do_convert_rgb"}),
+            offset_and_top=True,
+            grey=True,
+        ),
+        ProcessorClass(
+            "DINOv3ViTImageProcessor",
+            {
+                "size": _SQUARE_224,
+                "resample": 2,
+                "image_mean": [0.485, 0.456, 0.406],
+                "image_std": [0.229, 0.224, 0.225],
+            },
+            backends=("torchvision",),
+            rescale_first=True,
+            grey=True,
+        ),
+    )
+}
+"""The classes by name."""
+
+
+def class_and_backend(name: object, backend: str | None) -> tuple[ProcessorClass, Backend]:
+    """The record of a class name in any spelling, and the backend asked for, or that of the name.
+
+    Raises:
+        ProcessorConfigError: the class is not known, or has no such backend.
+    """
+    spelled = str(name)
+    plain = spelled.removesuffix("Fast").removesuffix("Pil")
+    plain = plain.replace("FeatureExtractor", "ImageProcessor")
+    record = CLASSES.get(plain)
+    if record is None:
+        raise ProcessorConfigError(
+            f"image_processor_type={name!r} is not reproduced. Known: {', '.join(sorted(CLASSES))} "
+            f"(also with Fast or Pil at the end)."
+        )
+    for one in record.backends:
+        if one == (backend or ("pil" if spelled.endswith("Pil") else "torchvision")):
+            return record, one
+    raise ProcessorConfigError(
+        f"{record.name} has no backend {backend or 'pil'!r}; it has {', '.join(record.backends)}."
+    )
