@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoImageProcessor
 
 from processors import (
     EVERY,
@@ -27,6 +31,8 @@ from processors import (
 from vistower.errors import ImageFormatError, ProcessorConfigError
 from vistower.preprocess.classes import CLASSES
 from vistower.preprocess.processor import Preprocessor
+from vistower_export.source import resolve_checkpoint
+from vistower_export.steps import export_bundle
 
 NUMBER = st.floats(0.05, 1)
 SIDE = st.integers(1, 300)
@@ -80,6 +86,7 @@ def test_other_classes_are_refused_by_name(name: Any) -> None:
         Preprocessor.from_config({"image_processor_type": name})
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     which=st.sampled_from(EVERY),
@@ -98,6 +105,7 @@ def test_any_size(which: tuple[str, str], width: int, height: int, engine: str) 
     assert difference <= error_allowed(want, exact=is_exact(name))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     which=st.sampled_from(EVERY),
@@ -127,6 +135,49 @@ def test_any_mode(
         return
     difference = np.abs(ours(image) - want).max()
     assert difference <= error_allowed(want, exact=is_exact(name) and mode != "F")
+
+
+ASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Bit": ("dinov3", {"image_processor_type": "BitImageProcessor"}),
+    "ViT": ("dinov3", {"image_processor_type": "ViTImageProcessor"}),
+    "DeiT": ("clip", {"image_processor_type": "DeiTImageProcessor"}),
+    "Siglip": ("clip", {"image_processor_type": "SiglipImageProcessor"}),
+    "CLIP": ("dinov3", {"image_processor_type": "CLIPImageProcessor"}),
+    "ConvNext-384": ("dinov3", {"image_processor_type": "ConvNextImageProcessor"}),
+    "ConvNext-224": (
+        "clip",
+        {"image_processor_type": "ConvNextImageProcessor", "size": 224, "crop_pct": 0.95},
+    ),
+    "EfficientNet": (
+        "clip",
+        {
+            "image_processor_type": "EfficientNetImageProcessor",
+            "size": 256,
+            "crop_size": 224,
+            "do_center_crop": True,
+            "rescale_offset": True,
+        },
+    ),
+}
+"""Checkpoints of a family with another's processor: the family, and the file."""
+
+
+@pytest.mark.parametrize("which", ASKED)
+def test_a_checkpoint_with_another_processor_is_exported_with_that_one(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    family, config = ASKED[which]
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(request.getfixturevalue(f"{family}_checkpoint"), checkpoint)
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(config))
+    bundle = export_bundle(resolve_checkpoint(str(checkpoint)), tmp_path / "bundle")
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    assert bundle.manifest is not None
+    assert bundle.manifest.preprocessing.processor == type(processor).__name__
+    for size in [(311, 203), (64, 512)]:
+        image = random_image(size)
+        want = expected(processor, image)
+        assert np.abs(bundle.preprocessor(image) - want).max() <= error_allowed(want, exact=False)
 
 
 def drawn_options(data: st.DataObject, name: str, backend: str) -> dict[str, Any]:
@@ -166,6 +217,7 @@ def drawn_options(data: st.DataObject, name: str, backend: str) -> dict[str, Any
     return options
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(data=st.data(), which=st.sampled_from(EVERY))
 def test_any_options(data: st.DataObject, which: tuple[str, str]) -> None:

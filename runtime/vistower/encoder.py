@@ -202,8 +202,8 @@ class VisionEncoder:
 
         Args:
             images: one picture or several, of one kind or mixed. A picture is a PIL image of any
-                mode the processor takes, an H×W×3 uint8 array, or an encoded picture (its EXIF
-                orientation is applied): a path, its bytes, or a binary file object.
+                mode the processor takes, an array or torch tensor H×W×3 or 3×H×W (with four axes:
+                several), or an encoded picture (its EXIF orientation is applied): a path, its bytes, or a binary file object.
 
         Raises:
             EmptyInputError: no picture.

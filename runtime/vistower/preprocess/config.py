@@ -213,7 +213,8 @@ def _geometry(
         )
     edge, part = size.shortest, options.get("crop_pct")
     if edge >= _SQUASHES_FROM:
-        return (edge, edge), None
+        # A crop of all of it: like one, it leaves the class no other size to be asked for.
+        return (edge, edge), CenterCrop((edge, edge))
     # Its torchvision class of 4.57 crops with torchvision's own function.
     own = backend == "torchvision" and transformers < 5
     return Edges(int(edge / part)), CenterCrop((edge, edge), own, pads_ahead)
