@@ -82,7 +82,7 @@ def test_a_class_is_known_by_each_of_its_names() -> None:
 
 @pytest.mark.parametrize("name", ["Siglip2ImageProcessor", "BlipImageProcessor", None, 3])
 def test_other_classes_are_refused_by_name(name: Any) -> None:
-    with pytest.raises(ProcessorConfigError, match=f"image_processor_type={name!r}"):
+    with pytest.raises(ProcessorConfigError, match=f"image_processor_type.*{name}"):
         Preprocessor.from_config({"image_processor_type": name})
 
 

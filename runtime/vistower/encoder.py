@@ -203,7 +203,8 @@ class VisionEncoder:
         Args:
             images: one picture or several, of one kind or mixed. A picture is a PIL image of any
                 mode the processor takes, an array or torch tensor H×W×3 or 3×H×W (with four axes:
-                several), or an encoded picture (its EXIF orientation is applied): a path, its bytes, or a binary file object.
+                several), or an encoded picture (its EXIF orientation is applied): a path, its
+                bytes, or a binary file object; docs/preprocessing.md has the modes and dtypes.
 
         Raises:
             EmptyInputError: no picture.
@@ -441,9 +442,7 @@ def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
             f"{type(images).__name__} is no picture. Pass a PIL image, an array or torch tensor, a "
             f"path, an encoded picture's bytes, a binary file object, or several of them."
         )
-    pictures: list[ImageInput] = [
-        picture for given in images for picture in pictures_of(given)
-    ]
+    pictures: list[ImageInput] = [picture for given in images for picture in pictures_of(given)]
     if not pictures:
         raise EmptyInputError("There is no picture to embed: the batch is empty.")
     return pictures
