@@ -86,12 +86,12 @@ def test_a_picture_comes_as_path_image_or_array(
         (iter(()), 32, EmptyInputError, "empty"),
         (np.zeros((0, 5, 5, 3), np.uint8), 32, EmptyInputError, "empty"),
         ([SAMPLES[0]], 0, OptionError, "at least 1"),
-        (np.zeros((5, 5, 3), np.float32), 32, ImageFormatError, "uint8"),
-        (np.zeros((5, 5, 1), np.uint8), 32, ImageFormatError, "H x W x 3"),
+        (np.zeros((5, 5, 3), complex), 32, ImageFormatError, "uint8"),
+        (np.zeros((5, 5), np.uint8), 32, ImageFormatError, "H x W x 3"),
         (np.zeros((5, 5, 4), np.uint8), 32, ImageFormatError, "H x W x 3"),
         (42, 32, ImageFormatError, "no picture"),
     ],
-    ids=["list", "iterator", "array", "batch-size", "floats", "one", "four", "number"],
+    ids=["list", "iterator", "array", "batch-size", "complex", "grey", "four", "number"],
 )
 def test_what_cannot_be_embedded_is_refused(
     images: Any, batch_size: int, error: type[Exception], says: str, encoder: VisionEncoder

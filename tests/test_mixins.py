@@ -252,9 +252,9 @@ def test_odd_sizes_and_arrays(
 ) -> None:
     reference = TorchCLIPMixin(model_path=str(clip_checkpoint))
     image = picture(size=size)
-    expected = reference.get_features(image)
-    assert_same(clip.get_features(image), expected)
-    assert_same(clip.get_features(np.asarray(image)), expected)
+    for given in (image, np.array(image)):
+        # An array 1 or 3 pixels high is taken for one with its channels first, as there.
+        assert_same(clip.get_features(given), reference.get_features(given))
 
 
 @pytest.mark.parametrize("registers", [0, 1, 5])
@@ -431,7 +431,7 @@ def test_failures_reach_the_caller_with_their_cause(clip: CLIPMixin, tmp_path: P
     with pytest.raises(ImageDecodeError) as caught:
         clip.get_features(broken)
     assert caught.value.__cause__ is not None
-    with pytest.raises(ImageFormatError, match="float64"):
-        clip.get_features(np.zeros((5, 5, 3)))
+    with pytest.raises(ImageFormatError, match="complex128"):
+        clip.get_features(np.zeros((5, 5, 3), complex))
     with pytest.raises(BundleNotFoundError):
         CLIPMixin(model_path=str(tmp_path / "nowhere"))

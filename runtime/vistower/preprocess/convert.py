@@ -51,11 +51,11 @@ class Conversion:
             ImageDecodeError: the PIL image cannot be decoded.
         """
         if not isinstance(image, Image.Image):
-            return self._checked(self._from_array(as_array(image)), "an array")
+            return self._checked(self._from_array(as_array(image)), "array")
         if not image.width or not image.height:
             raise ImageFormatError(f"A picture of {image.width} x {image.height} is empty.")
         picture = loaded(image)
-        mode = f"a picture of mode {picture.mode}"
+        mode = f"picture of mode {picture.mode}"
         if self.convert_rgb:
             picture = self._to_rgb(picture)
         if picture.mode == "RGB" and not self._reads_rows_as_channels(picture.height):
@@ -118,7 +118,7 @@ class Conversion:
         channels = array.shape[2]
         grey = self.grey == "any" or (self.grey == "float32" and array.dtype == np.float32)
         if channels != 3 and not (channels == 1 and grey):
-            raise self._refusal(what, f" with {channels} channels")
+            raise self._refusal(f"{what} with {channels} channels")
         self._check_dtype(array.dtype)
         if array.dtype.kind == "f":
             low, high = array.min(), array.max()
@@ -138,11 +138,10 @@ class Conversion:
                 f"transformers takes unscaled."
             )
 
-    def _refusal(self, what: str, more: str = "") -> ImageFormatError:
+    def _refusal(self, what: str) -> ImageFormatError:
         return ImageFormatError(
-            f"{self.processor} ({self.backend}, transformers {self.transformers}) takes no "
-            f"{what.removeprefix('an ').removeprefix('a ')}{more}, and neither does it here. Pass "
-            f"image.convert('RGB')."
+            f"{self.processor} ({self.backend}, transformers {self.transformers}) takes no {what}, "
+            f"and neither does it here. Pass image.convert('RGB'), or an array H x W x 3."
         )
 
 
