@@ -206,7 +206,11 @@ def test_draft_decoding_is_near_and_only_on_request(tmp_path: Path) -> None:
             replace(ours, decode="fast")
 
 
-def test_it_can_be_pickled() -> None:
+def test_it_is_data_and_can_be_pickled() -> None:
     image = random_image((50, 40))
     for ours in OURS.values():
-        assert np.array_equal(pickle.loads(pickle.dumps(ours))(image), ours(image))
+        want = ours(image)
+        copy = pickle.loads(pickle.dumps(ours))
+        assert copy == ours
+        assert hash(copy) == hash(ours)
+        assert np.array_equal(copy(image), want)

@@ -94,7 +94,10 @@ class Conversion:
         if self.backend == "torchvision":
             # torchvision's pil_to_tensor puts the channels first, then transformers guesses.
             array = array.transpose(2, 0, 1)
-        return channels_last(array, (1, 3))
+        try:
+            return channels_last(array, (1, 3))
+        except ImageFormatError:
+            raise self._refusal(mode) from None
 
     def _from_array(self, array: Array) -> Array:
         if array.ndim != 3:
