@@ -48,8 +48,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(no_gpu())
 
 
-def tiny_checkpoint(directory: Path, family: TowerFamily, *, seed: int = 0, **changes: Any) -> Path:
-    """Save a two-layer model with non-neutral weights, and its processor."""
+def tiny_checkpoint(
+    directory: Path, family: TowerFamily, *, seed: int = 0, scaled: bool = False, **changes: Any
+) -> Path:
+    """Save a two-layer model with non-neutral weights, and its processor.
+
+    With ``scaled``, matrices keep the variance of what passes through them, as trained ones do:
+    then float32 rounding reaches the tokens no larger than it does in a real tower.
+    """
     import torch
     import transformers
 
@@ -75,6 +81,8 @@ def tiny_checkpoint(directory: Path, family: TowerFamily, *, seed: int = 0, **ch
                 parameter.uniform_(0.2, 0.8)
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif scaled and name.endswith("weight") and "position" not in name:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
             else:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(directory)

@@ -526,10 +526,10 @@ def test_an_encoder_takes_half_precision_on_a_gpu_and_a_mixin_does_not(
     assert VisionEncoder.open(halves, device="cuda", precision="tf32").graph.precision == "fp32"
     assert gpu.opened[-1]["CUDAExecutionProvider"]["use_tf32"] == "1"
     mixin = CLIPMixin(model_path=str(halves), device="cuda")
-    assert mixin.model.graph.precision == "fp32"
+    assert mixin.model.encoder.graph.precision == "fp32"
     assert gpu.opened[-1]["CUDAExecutionProvider"]["use_tf32"] == "0"
     monkeypatch.setenv("VISTOWER_PRECISION", "fp16")
-    assert CLIPMixin(model_path=str(halves), device="cuda").model.graph.precision == "fp16"
+    assert CLIPMixin(model_path=str(halves), device="cuda").model.encoder.graph.precision == "fp16"
 
 
 def test_uint8_pixels_are_what_is_uploaded(gpu: FakeGpu, halves: Path) -> None:

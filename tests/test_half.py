@@ -126,7 +126,7 @@ def test_opening_on_a_gpu_follows_the_rules_and_the_mixin_stays_in_float32(
     directory = str(clip_half.directory)
     assert VisionEncoder.open(directory, device="cuda").graph.name == "fp16"
     assert VisionEncoder.open(directory, device="cuda", precision="fp32").graph.name == "ort"
-    assert CLIPMixin(model_path=directory, device="cuda").model.graph.name == "ort"
+    assert CLIPMixin(model_path=directory, device="cuda").model.encoder.graph.name == "ort"
     encoder = VisionEncoder.open(directory, device="cuda", precision="tf32")
     assert encoder.graph.name == "ort"
     assert gpu.opened[-1]["CUDAExecutionProvider"]["use_tf32"] == "1"

@@ -17,13 +17,15 @@ import torch
 from PIL import Image
 
 from conftest import tiny_checkpoint
-from torch_mixins import TorchCLIPMixin, TorchDINOv3Mixin
+from torch_mixins import TorchCLIP, TorchDINOv3
 from vistower import EMBED_MODEL_RESOLUTION, CLIPMixin, DINOv3Mixin
 from vistower.bundle import cache_path
 from vistower.errors import (
     BundleCorruptError,
     BundleNotFoundError,
+    BundleUnsupportedError,
     DeviceError,
+    EmptyInputError,
     ImageDecodeError,
     ImageFormatError,
     MaskError,
@@ -31,13 +33,13 @@ from vistower.errors import (
     OptionError,
     OutputTypeError,
 )
-from vistower.output import FeatureArray
+from vistower.mixins.results import FeatureArray
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
 from vistower_export.towers import DINOV3
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 RNG = np.random.default_rng(7)
 
 
@@ -49,7 +51,7 @@ class BasePipe:
         self.root_kwargs = kwargs
 
 
-class MaskProcessor:
+class Threshold:
     """A consumer's own mixin: reads its key, passes everything on."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -65,6 +67,16 @@ def clip(clip_bundle: Path) -> CLIPMixin:
 @pytest.fixture
 def dinov3(dinov3_bundle: Path) -> DINOv3Mixin:
     return DINOv3Mixin(model_path=str(dinov3_bundle), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def torch_clip(clip_checkpoint: Path) -> TorchCLIP:
+    return TorchCLIP(model_path=str(clip_checkpoint), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def torch_dinov3(dinov3_checkpoint: Path) -> TorchDINOv3:
+    return TorchDINOv3(model_path=str(dinov3_checkpoint), device="cpu")
 
 
 @pytest.fixture
@@ -83,15 +95,18 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (90, 61)) -> Image.Image:
 
 
 def assert_same(ours: Any, theirs: torch.Tensor) -> None:
+    """The same shape and dtype, and each token within the tolerance of its norm."""
     assert tuple(ours.shape) == tuple(theirs.shape)
-    assert float((ours.cpu() - theirs.cpu()).abs().max()) <= TOLERANCE
+    assert ours.dtype == theirs.dtype
+    difference = (ours.cpu() - theirs.cpu()).norm(dim=-1)
+    assert bool((difference <= TOLERANCE * theirs.cpu().norm(dim=-1)).all())
 
 
 # Construction
 
 
 def test_it_stands_first_in_an_mro_and_passes_every_keyword_on(clip_bundle: Path) -> None:
-    class ClipPipe(CLIPMixin, MaskProcessor, BasePipe):
+    class ClipPipe(CLIPMixin, Threshold, BasePipe):
         pass
 
     keywords = {"model_path": str(clip_bundle), "device": "cpu", "threshold": 0.7, "other": 1}
@@ -102,12 +117,12 @@ def test_it_stands_first_in_an_mro_and_passes_every_keyword_on(clip_bundle: Path
 
 
 def test_it_stands_last_in_an_mro(dinov3_bundle: Path) -> None:
-    class BodyPipe(MaskProcessor, DINOv3Mixin):
+    class BodyPipe(Threshold, DINOv3Mixin):
         pass
 
     pipe = BodyPipe(model_path=str(dinov3_bundle), device="cpu", threshold=0.1)
     assert pipe.threshold == 0.1
-    assert pipe.get_cls_feature(SAMPLES[0]).shape == (1, 64)
+    assert pipe.get_cls_feature(SAMPLES[0]).shape == (64,)
 
 
 def test_super_init_comes_first() -> None:
@@ -122,11 +137,47 @@ def test_super_init_comes_first() -> None:
         Pipe()
 
 
-def test_both_mixins_in_one_class(dinov3_bundle: Path) -> None:
+def test_a_next_class_without_keywords_gets_none(clip_bundle: Path) -> None:
+    class Root:
+        def __init__(self) -> None:
+            self.reached = True
+
+    class Pipe(CLIPMixin, Root):
+        pass
+
+    assert Pipe(model_path=str(clip_bundle), device="cpu").reached
+
+
+@pytest.mark.parametrize("family", ["clip", "dinov3"])
+def test_both_mixins_in_one_class_cannot_share_a_model(
+    family: str, request: pytest.FixtureRequest
+) -> None:
     class Both(CLIPMixin, DINOv3Mixin):
         pass
 
-    assert Both(model_path=str(dinov3_bundle), device="cpu").input_image_size == 224
+    bundle = request.getfixturevalue(f"{family}_bundle")
+    refusing, other = ("DINOv3Mixin", "CLIPMixin") if family == "clip" else ("CLIPMixin", "DINOv3M")
+    with pytest.raises(BundleUnsupportedError, match=f"{refusing} was given.*Use {other}"):
+        Both(model_path=str(bundle), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("mixin", "family", "message"),
+    [
+        (CLIPMixin, "dinov3", "CLIPMixin was given .* of model type dinov3_vit.*Use DINOv3Mixin"),
+        (DINOv3Mixin, "clip", "DINOv3Mixin was given .* of model type clip_vis.*Use CLIPMixin"),
+    ],
+)
+def test_the_other_familys_bundle_is_refused_by_name(
+    mixin: Any, family: str, message: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bundle = request.getfixturevalue(f"{family}_bundle")
+    with pytest.raises(BundleUnsupportedError, match=message):
+        mixin(model_path=str(bundle), device="cpu")
+    # Nor one that vistower did not write.
+    shutil.copytree(bundle, tmp_path / "plain", ignore=shutil.ignore_patterns("vistower.json"))
+    with pytest.raises(BundleUnsupportedError, match=message):
+        mixin(model_path=str(tmp_path / "plain"), device="cpu")
 
 
 def test_clip_has_a_default_model(cache: Path, clip_bundle: Path) -> None:
@@ -136,10 +187,48 @@ def test_clip_has_a_default_model(cache: Path, clip_bundle: Path) -> None:
     assert CLIPMixin().img_input_size == 224
 
 
-def test_dinov3_has_none() -> None:
+@pytest.mark.parametrize("keywords", [{}, {"model_path": None}])
+def test_dinov3_has_none(keywords: dict[str, Any]) -> None:
+    with pytest.raises(AttributeError, match="NoneType"):
+        TorchDINOv3(device="cpu", **keywords)
     with pytest.raises(MissingModelPathError, match="model_path") as caught:
-        DINOv3Mixin(device="cpu")
+        DINOv3Mixin(device="cpu", **keywords)
     assert isinstance(caught.value, TypeError)
+
+
+def test_none_is_not_clips_default(cache: Path, clip_bundle: Path) -> None:
+    shutil.copytree(clip_bundle, cache / "openai--clip-vit-base-patch32")
+    with pytest.raises(MissingModelPathError, match="CLIPMixin needs the keyword model_path"):
+        CLIPMixin(model_path=None)
+
+
+@pytest.mark.parametrize("mixin", [CLIPMixin, DINOv3Mixin])
+@pytest.mark.parametrize(
+    "model_path",
+    [
+        *("", " ", "\n", "a b", "openai/clip-vit-base-patch32 ", "a/b/c", "/nowhere", "./nowhere"),
+        *("~/nowhere/at/all", "~no-such-user/bundle", "a\0b", "a" * 5000, "a/" + "b" * 254),
+        *("?", "http://a/b", Path("nowhere"), Path("/nowhere")),
+    ],
+)
+def test_a_model_path_of_nothing_is_a_bundle_not_found(
+    mixin: Any, model_path: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, clip_bundle: Path
+) -> None:
+    # An empty path must not mean the working directory.
+    monkeypatch.chdir(clip_bundle)
+    with pytest.raises(BundleNotFoundError):
+        mixin(model_path=model_path, device="cpu")
+
+
+@pytest.mark.parametrize("model_path", [0, False, 3.5, b"clip", ["clip"], object()])
+def test_a_model_path_that_is_no_path_is_refused(model_path: Any) -> None:
+    with pytest.raises(OptionError, match="names no model"):
+        CLIPMixin(model_path=model_path)
+
+
+def test_a_tilde_is_the_home_directory(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(clip_bundle.parent))
+    assert CLIPMixin(model_path=f"~/{clip_bundle.name}/", device="cpu").patch_size == 32
 
 
 @pytest.mark.parametrize("form", [str, Path, "{}/".format])
@@ -185,9 +274,22 @@ def test_attributes_and_one_log_line(clip_bundle: Path, caplog: pytest.LogCaptur
     assert [record.getMessage() for record in caplog.records] == [
         "random-weight tiny-clip, graph ort, on cpu (CPUExecutionProvider)"
     ]
-    assert mixin.device == "cpu"
-    assert mixin.processor(SAMPLES[0]).shape == (3, 224, 224)
-    assert mixin.model.encode(SAMPLES[0]).cls.shape == (1, 64)
+    assert mixin.model.encoder.encode(SAMPLES[0]).cls.shape == (1, 64)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_the_device_is_kept_as_it_was_given(device: Any, clip_bundle: Path) -> None:
+    mixin = CLIPMixin(model_path=str(clip_bundle), device=device)
+    assert mixin.device is device
+    assert torch.zeros(1).to(mixin.device).device == mixin.model.device
+
+
+@pytest.mark.parametrize("keywords", [{}, {"device": None}, {"device": "auto"}])
+def test_an_automatic_device_is_one_that_torch_knows(
+    keywords: dict[str, Any], clip_bundle: Path
+) -> None:
+    mixin = CLIPMixin(model_path=str(clip_bundle), **keywords)
+    assert torch.device(mixin.device) == mixin.model.device
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0)])
@@ -204,7 +306,7 @@ def test_cuda_is_had_or_refused(device: Any, clip_bundle: Path) -> None:
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
 def test_clip_gives_what_torch_gives(path: Path, clip: CLIPMixin, clip_checkpoint: Path) -> None:
-    reference = TorchCLIPMixin(model_path=str(clip_checkpoint))
+    reference = TorchCLIP(model_path=str(clip_checkpoint))
     image = Image.open(path)
     assert_same(clip.get_features(image), reference.get_features(image))
     assert_same(clip.get_cls_feature(image), reference.get_cls_feature(image))
@@ -214,7 +316,7 @@ def test_clip_gives_what_torch_gives(path: Path, clip: CLIPMixin, clip_checkpoin
 def test_dinov3_gives_what_torch_gives(
     path: Path, dinov3: DINOv3Mixin, dinov3_checkpoint: Path
 ) -> None:
-    reference = TorchDINOv3Mixin(model_path=str(dinov3_checkpoint))
+    reference = TorchDINOv3(model_path=str(dinov3_checkpoint))
     image = Image.open(path)
     assert_same(dinov3.get_features(image), reference.get_features(image))
     assert_same(dinov3.get_cls_feature(image), reference.get_cls_feature(image))
@@ -222,7 +324,7 @@ def test_dinov3_gives_what_torch_gives(
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "1", "I;16"])
 def test_clip_takes_every_mode(mode: str, clip: CLIPMixin, clip_checkpoint: Path) -> None:
-    reference = TorchCLIPMixin(model_path=str(clip_checkpoint))
+    reference = TorchCLIP(model_path=str(clip_checkpoint))
     image = picture("L").convert("I;16") if mode == "I;16" else picture(mode)
     assert_same(clip.get_features(image), reference.get_features(image))
 
@@ -231,7 +333,7 @@ def test_clip_takes_every_mode(mode: str, clip: CLIPMixin, clip_checkpoint: Path
 def test_dinov3_takes_what_its_processor_takes(
     mode: str, dinov3: DINOv3Mixin, dinov3_checkpoint: Path
 ) -> None:
-    reference = TorchDINOv3Mixin(model_path=str(dinov3_checkpoint))
+    reference = TorchDINOv3(model_path=str(dinov3_checkpoint))
     image = picture(mode)
     assert_same(dinov3.get_features(image), reference.get_features(image))
 
@@ -241,7 +343,7 @@ def test_dinov3_refuses_what_its_processor_refuses(
     mode: str, dinov3: DINOv3Mixin, dinov3_checkpoint: Path
 ) -> None:
     with pytest.raises((RuntimeError, ValueError)):
-        TorchDINOv3Mixin(model_path=str(dinov3_checkpoint)).get_features(picture(mode))
+        TorchDINOv3(model_path=str(dinov3_checkpoint)).get_features(picture(mode))
     with pytest.raises(ImageFormatError, match=r"convert\('RGB'\)"):
         dinov3.get_features(picture(mode))
 
@@ -250,7 +352,7 @@ def test_dinov3_refuses_what_its_processor_refuses(
 def test_odd_sizes_and_arrays(
     size: tuple[int, int], clip: CLIPMixin, clip_checkpoint: Path
 ) -> None:
-    reference = TorchCLIPMixin(model_path=str(clip_checkpoint))
+    reference = TorchCLIP(model_path=str(clip_checkpoint))
     image = picture(size=size)
     for given in (image, np.array(image)):
         # An array 1 or 3 pixels high is taken for one with its channels first, as there.
@@ -262,40 +364,207 @@ def test_registers_come_from_the_checkpoint(registers: int, tmp_path: Path) -> N
     checkpoint = tiny_checkpoint(tmp_path / "c", DINOV3, num_register_tokens=registers)
     export_bundle(resolve_checkpoint(str(checkpoint)), tmp_path / "bundle")
     mixin = DINOv3Mixin(model_path=str(tmp_path / "bundle"))
-    reference = TorchDINOv3Mixin(model_path=str(checkpoint))
+    reference = TorchDINOv3(model_path=str(checkpoint))
     assert mixin.get_features(SAMPLES[0]).shape == (196, 64)
     assert_same(mixin.get_features(SAMPLES[1]), reference.get_features(Image.open(SAMPLES[1])))
 
 
 def test_clip_features_are_raw(clip: CLIPMixin, clip_checkpoint: Path) -> None:
-    reference = TorchCLIPMixin(model_path=str(clip_checkpoint))
-    pooled = reference.pooled(Image.open(SAMPLES[0]))
+    reference = TorchCLIP(model_path=str(clip_checkpoint))
+    inputs = reference.processor(images=Image.open(SAMPLES[0]), return_tensors="pt")
+    with torch.no_grad():
+        pooled = reference.model(**inputs).pooler_output[0]
     assert float((clip.get_cls_feature(SAMPLES[0]) - pooled).abs().max()) > 0.01
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("family", ["clip", "dinov3"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_list_has_the_shape_and_values_it_has_with_torch(
+    family: str, count: int, request: pytest.FixtureRequest
+) -> None:
+    ours, theirs = (request.getfixturevalue(name) for name in (family, f"torch_{family}"))
+    images = [picture(size=(50 + 9 * index, 64)) for index in range(count)]
+    assert_same(ours.get_features(images), theirs.get_features(images))
+    assert_same(ours.get_cls_feature(images), theirs.get_cls_feature(images))
+    mask = [index % 2 == 0 for index in range(count)]
+    if count > 1:
+        assert_same(ours.get_features(images, mask), theirs.get_features(images, mask))
+
+
+def test_one_picture_has_no_batch_dimension(clip: CLIPMixin, dinov3: DINOv3Mixin) -> None:
+    assert clip.get_features(SAMPLES[0]).shape == (49, 64)
+    assert clip.get_cls_feature(SAMPLES[0]).shape == (64,)
+    assert dinov3.get_features(SAMPLES[0]).shape == (196, 64)
+    assert dinov3.get_cls_feature(SAMPLES[0]).shape == (64,)
+
+
+@pytest.mark.parametrize("images", [[], (), np.zeros((0, 8, 8, 3), np.uint8)], ids=repr)
+def test_an_empty_list_is_refused(images: Any, clip: CLIPMixin, torch_clip: TorchCLIP) -> None:
+    with pytest.raises((IndexError, TypeError)):
+        torch_clip.get_features(images)
+    for method in (clip.get_features, clip.get_cls_feature):
+        with pytest.raises(EmptyInputError):
+            method(images)
+
+
+def test_a_tower_of_one_patch_keeps_its_dimension(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(
+        tmp_path / "c", DINOV3, patch_size=224, num_hidden_layers=1, hidden_size=16
+    )
+    export_bundle(resolve_checkpoint(str(checkpoint)), tmp_path / "bundle")
+    mixin = DINOv3Mixin(model_path=str(tmp_path / "bundle"), device="cpu")
+    reference = TorchDINOv3(model_path=str(checkpoint))
+    for images in (SAMPLES[0], [SAMPLES[0], SAMPLES[1]]):
+        opened = [Image.open(p) for p in images] if isinstance(images, list) else Image.open(images)
+        assert_same(mixin.get_features(images), reference.get_features(opened))
 
 
 # Masks
 
+ODD = [index % 2 == 1 for index in range(49)]
+MASKS: dict[str, Any] = {
+    "boolean": np.array(ODD),
+    "boolean tensor": torch.tensor(ODD),
+    "boolean list": ODD,
+    "boolean tuple": tuple(ODD),
+    "all false": np.zeros(49, bool),
+    "all false tensor": torch.zeros(49, dtype=torch.bool),
+    "all true": np.ones(49, bool),
+    "one": np.arange(49) == 7,
+    "short": np.ones(48, bool),
+    "long": torch.ones(50, dtype=torch.bool),
+    "short list": [True],
+    "square": np.ones((7, 7), bool),
+    "square tensor": torch.ones(7, 7, dtype=torch.bool),
+    "column": np.ones((49, 1), bool),
+    "of three": [True, False, True],
+    "of three pictures and their patches": np.array([ODD, ODD, ODD[::-1]]),
+    "uint8": np.array(ODD, np.uint8),
+    "uint8 tensor": torch.tensor(ODD, dtype=torch.uint8),
+    "short uint8": np.ones(48, np.uint8),
+    "indexes": np.array([3, 0, 48]),
+    "int32 indexes": np.array([3, 0, 48], np.int32),
+    "int8 indexes": np.array([1, 0, 1], np.int8),
+    "uint16 indexes": np.array([1, 0, 1], np.uint16),
+    "index tensor": torch.tensor([3, 0, 48]),
+    "int32 tensor": torch.tensor([3, 0, 48], dtype=torch.int32),
+    "int16 tensor": torch.tensor([3, 0, 48], dtype=torch.int16),
+    "negative indexes": np.array([-1, -49, 5]),
+    "index list": [4, -2, 4, 4],
+    "index tuple": (4, -2),
+    "index range": range(2, 9),
+    "list of NumPy integers": [np.int64(3), np.int64(1)],
+    "table of indexes": [[0, 1, 2], [3, 4, 5]],
+    "too high": np.array([49]),
+    "too low": [-50],
+    "no indexes": [],
+    "no indexes, array": np.array([], np.int64),
+    "no indexes, floats": np.array([]),
+    "float indexes": np.array([2.0, 1.9]),
+    "float list": [2.0, 1.0],
+    "float tensor": torch.tensor([1.0, 0.0]),
+    "float": 1.0,
+    "list of texts": ["a"],
+    "one index": 5,
+    "one negative index": -1,
+    "one NumPy index": np.int64(5),
+    "one index, array": np.array(5),
+    "one index, tensor": torch.tensor(5),
+    "one index too high": 49,
+    "True": True,
+    "False": False,
+    "True, array": np.array(True),
+    "ellipsis": ...,
+    "slice": slice(3, 20),
+    "slice from the end": slice(-4, None),
+    "slice with a step": slice(1, 40, 5),
+    "slice past the end": slice(40, 100),
+    "slice backwards": slice(None, None, -1),
+    "text": "mask",
+    "bytes": b"mask",
+    "set": {1, 2},
+    "dictionary": {1: 2},
+    "objects": np.array([0, 1], object),
+    "list of None": [None],
+    "ragged": [[0], [1, 2]],
+}
 
-@pytest.mark.parametrize("kind", ["numpy", "torch"])
-def test_masks(kind: str, clip: CLIPMixin) -> None:
-    mask = RNG.random(49) < 0.4
-    whole = clip.get_features(SAMPLES[0])
-    given = mask if kind == "numpy" else torch.from_numpy(mask)
-    assert torch.equal(clip.get_features(SAMPLES[0], given), whole[torch.from_numpy(mask)])
-    nothing = np.zeros(49, bool) if kind == "numpy" else torch.zeros(49, dtype=torch.bool)
-    assert clip.get_features(SAMPLES[0], mask=nothing).shape == (0, 64)
+
+def result_or_error(compute: Any, *arguments: Any) -> Any:
+    try:
+        return compute(*arguments)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        return error
 
 
+@pytest.fixture(scope="module")
+def mask_clip(clip_bundle: Path) -> CLIPMixin:
+    return CLIPMixin(model_path=str(clip_bundle), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def mask_images() -> list[Image.Image]:
+    return [picture(size=(32, 32)) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def embeddings(mask_images: list[Image.Image], torch_clip: TorchCLIP) -> dict[int, torch.Tensor]:
+    """By the number of pictures: what the original indexes with ``embeddings[mask, :]``."""
+    return {count: torch_clip.get_features(mask_images[:count]) for count in (1, 3)}
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_indexes_as_torch_indexes(
+    kind: str,
+    count: int,
+    mask_clip: CLIPMixin,
+    mask_images: list[Image.Image],
+    embeddings: dict[int, torch.Tensor],
+) -> None:
+    mask, images = MASKS[kind], mask_images[:count]
+    expected = result_or_error(lambda: embeddings[count][mask, :])
+    if isinstance(expected, Exception):
+        with pytest.raises(MaskError) as caught:
+            mask_clip.get_features(images, mask)
+        assert isinstance(caught.value, IndexError)
+        assert type(caught.value.__cause__) is type(expected)
+        assert "boolean" in str(caught.value)
+        return
+    assert_same(mask_clip.get_features(images, mask), expected)
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(
-    "mask",
-    [np.ones(48, bool), torch.ones(50, dtype=torch.bool), np.ones((7, 7), bool), np.ones(49, int)],
-    ids=["short", "long", "two-dimensional", "integers"],
+    "kind", [kind for kind, mask in MASKS.items() if not isinstance(mask, torch.Tensor)]
 )
-def test_a_wrong_mask_is_an_index_error(mask: Any, clip: CLIPMixin) -> None:
-    with pytest.raises(IndexError) as caught:
-        clip.get_features(SAMPLES[0], mask)
-    assert isinstance(caught.value, MaskError)
-    assert "boolean" in str(caught.value)
+def test_without_torch_a_mask_indexes_the_same(
+    kind: str,
+    count: int,
+    mask_clip: CLIPMixin,
+    mask_images: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mask, images = MASKS[kind], mask_images[:count]
+    expected = result_or_error(mask_clip.get_features, images, mask)
+    monkeypatch.delitem(sys.modules, "torch")
+    actual = result_or_error(mask_clip.get_features, images, mask)
+    assert type(actual) is (MaskError if isinstance(expected, Exception) else FeatureArray)
+    if isinstance(actual, FeatureArray):
+        assert actual.dtype == np.float32
+        assert np.array_equal(actual, expected.numpy())
+
+
+def test_a_mask_of_a_graph_or_with_gradients_is_taken(clip: CLIPMixin) -> None:
+    scores = torch.linspace(0, 1, 49, requires_grad=True)
+    mask = scores > 0.5
+    assert clip.get_features(SAMPLES[0], mask).shape == (int(mask.sum()), 64)
+    assert not clip.get_features(SAMPLES[0], mask).requires_grad
 
 
 # Results
@@ -354,19 +623,19 @@ except Exception as error:
 def forwards(clip: CLIPMixin, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each forward pass of the fixture `clip`."""
     calls: list[int] = []
-    run = clip.model.session.run
+    run = clip.model.encoder.session.run
 
     def counted(pixel_values: np.ndarray) -> np.ndarray:
         calls.append(len(pixel_values))
         return run(pixel_values)
 
-    monkeypatch.setattr(clip.model.session, "run", counted)
+    monkeypatch.setattr(clip.model.encoder.session, "run", counted)
     return calls
 
 
 def test_both_features_of_a_picture_cost_one_forward(clip: CLIPMixin, forwards: list[int]) -> None:
     one, two = picture(), picture()
-    want = clip.model.encode([one, two])
+    want = clip.model.encoder.encode([one, two])
     forwards.clear()
     for image, index in ((one, 0), (two, 1), (one, 0)):
         assert np.allclose(clip.get_cls_feature(image), want.cls[index], atol=1e-5)

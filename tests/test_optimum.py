@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from torch_mixins import TorchCLIPMixin
+from torch_mixins import TorchCLIP
 from vistower import VisionEncoder
 from vistower_export.pictures import SAMPLES
 
@@ -24,7 +24,7 @@ def test_an_optimum_export_loads_and_agrees_with_torch(
     assert not (output / "vistower.json").exists()
     encoder = VisionEncoder.open(output, device="cpu")
     embeddings = encoder.encode(SAMPLES[0])
-    reference = TorchCLIPMixin(model_path=str(clip_checkpoint))
+    reference = TorchCLIP(model_path=str(clip_checkpoint))
     with Image.open(SAMPLES[0]) as image:
         expected = reference.get_features(image).numpy()
     assert np.abs(embeddings.patches[0] - expected).max() <= 1e-4

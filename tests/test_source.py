@@ -575,7 +575,7 @@ import sys
 from vistower import DINOv3Mixin
 mixin = DINOv3Mixin(model_path={GATED!r}, device="cpu")
 features = mixin.get_features({str(SAMPLES[0])!r})
-print(features.shape, mixin.model.bundle.manifest.source.revision, "torch" in sys.modules)
+print(features.shape, mixin.model.encoder.bundle.manifest.source.revision, "torch" in sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

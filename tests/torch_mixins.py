@@ -1,60 +1,107 @@
-"""The torch mixins the contract describes: the reference of the drop-in replacements."""
+"""The torch mixins the contract describes: the reference of the drop-in replacements.
+
+Nothing here comes from vistower: a reference that shares its assumptions proves nothing.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import transformers
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPVisionModel
 
-from vistower_export.reference import load_processor
-from vistower_export.towers import CLIP, DINOV3, TowerFamily
+RESOLUTION = {
+    "clip-vit-base-patch32": (224, 32),
+    "clip-vit-base-patch16": (224, 16),
+    "clip-vit-large-patch14": (224, 14),
+    "clip-vit-large-patch14-336": (336, 14),
+    "dinov3-vits16-pretrain-lvd1689m": (224, 16),
+    "dinov3-vitb16-pretrain-lvd1689m": (224, 16),
+    "dinov3-vitl16-pretrain-lvd1689m": (224, 16),
+}
 
 
-class _TorchFeatures:
-    family: TowerFamily
-    prefix: int
+def processor_options(backend: str | None) -> dict[str, Any]:
+    """How this transformers is asked for a backend, ``torchvision`` or ``pil``."""
+    if backend is None:
+        return {}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return {"backend": backend}
+    return {"use_fast": backend == "torchvision"}
 
-    def _load(self, kwargs: dict[str, Any]) -> None:
-        import transformers
 
-        path = kwargs["model_path"]
-        self.device = kwargs.get("device", "cpu")
-        self.processor = load_processor(path, "torchvision")
-        model_class = getattr(transformers, self.family.hf_class)
-        size = self.processor.crop_size if self.family is CLIP else self.processor.size
-        self.img_input_size = self.input_image_size = size["height"]
-        self.model = model_class.from_pretrained(path).to(self.device).eval()
-        self.patch_size = self.model.config.patch_size
+def last_component(model_path: str) -> str:
+    return model_path.rstrip("/").split("/")[-1]
 
-    def _forward(self, image: Any) -> Any:
-        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
-        with torch.no_grad():
-            return self.model(**inputs)
 
+def automatic() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class TorchCLIPMixin:
+    backend: str | None = None
+    """Of the processor; None for what transformers takes, as the original does."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.device = kwargs.get("device", automatic())
+        model_path = kwargs.get("model_path", "openai/clip-vit-base-patch32")
+        name = last_component(model_path)
+        self.img_input_size, self.patch_size = RESOLUTION.get(name, (224, 32))
+        options = processor_options(self.backend)
+        self.processor = AutoProcessor.from_pretrained(model_path, **options)
+        self.model = CLIPVisionModel.from_pretrained(model_path).to(self.device).eval()
+
+    @torch.no_grad()
     def get_features(self, image: Any, mask: Any = None) -> torch.Tensor:
-        embeddings = self._forward(image).last_hidden_state[:, self.prefix :, :].squeeze(0)
-        return embeddings if mask is None else embeddings[mask, :]
+        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
+        embeddings = self.model(**inputs).last_hidden_state[:, 1:, :].detach().squeeze(0)
+        if mask is not None:
+            embeddings = embeddings[mask, :]
+        return embeddings
 
-    def pooled(self, image: Any) -> torch.Tensor:
-        return self._forward(image).pooler_output
-
+    @torch.no_grad()
     def get_cls_feature(self, image: Any) -> torch.Tensor:
-        return self._forward(image).last_hidden_state[:, 0]
+        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
+        return self.model(**inputs).last_hidden_state[:, 0, :].detach().squeeze(0)
 
 
-class TorchCLIPMixin(_TorchFeatures):
-    family = CLIP
-    prefix = 1
+class TorchDINOv3Mixin:
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.device = kwargs.get("device", automatic())
+        model_path = kwargs.get("model_path")
+        name = last_component(model_path)
+        self.input_image_size, self.patch_size = RESOLUTION.get(name, (224, 16))
+        self.processor = AutoImageProcessor.from_pretrained(model_path)
+        self.model = AutoModel.from_pretrained(model_path).to(self.device).eval()
+
+    @torch.no_grad()
+    def get_features(self, image: Any, mask: Any = None) -> torch.Tensor:
+        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
+        first = 1 + self.model.config.num_register_tokens
+        embeddings = self.model(**inputs).last_hidden_state[:, first:, :].detach().squeeze(0)
+        if mask is not None:
+            embeddings = embeddings[mask, :]
+        return embeddings
+
+    @torch.no_grad()
+    def get_cls_feature(self, image: Any) -> torch.Tensor:
+        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
+        return self.model(**inputs).last_hidden_state[:, 0, :].detach().squeeze(0)
+
+
+class _Root:
+    """What ends the chain of keywords where a torch mixin stands alone: ``object`` takes none."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self._load(kwargs)
 
 
-class TorchDINOv3Mixin(_TorchFeatures):
-    family = DINOV3
+class TorchCLIP(TorchCLIPMixin, _Root):
+    """The mixin by itself."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__()
-        self._load(kwargs)
-        self.prefix = 1 + self.model.config.num_register_tokens
+
+class TorchDINOv3(TorchDINOv3Mixin, _Root):
+    """The mixin by itself."""

@@ -15,8 +15,9 @@
     │   ├── BundleCorruptError               half-written, edited, or a file is missing
     │   ├── BundleUnsupportedError           an unknown format version or architecture
     │   └── GoldenMismatchError              replaying its golden vectors gave other numbers
-    ├── MaskError (IndexError)               a patch mask of the wrong length or dtype
-    ├── MissingModelPathError (TypeError)    DINOv3Mixin without model_path
+    ├── MaskError (IndexError)               a patch mask that does not index the tokens
+    ├── MissingModelPathError (TypeError)    a mixin without model_path
+    ├── TorchOnlyError (AttributeError)      a mixin's model or processor, asked what torch's has
     ├── DeviceError (RuntimeError)           the device asked for cannot be had
     │   ├── ProviderMissingError             the wheel lacks its provider, or two wheels collide
     │   ├── CudaLibraryError                 a CUDA library is missing or of another major version
@@ -110,11 +111,15 @@ class GoldenMismatchError(BundleError):
 
 
 class MaskError(VistowerError, IndexError):
-    """A patch mask has the wrong length or is not boolean."""
+    """A patch mask does not index the tokens: another length, another dtype, out of range."""
 
 
 class MissingModelPathError(VistowerError, TypeError):
-    """A mixin that has no default model was constructed without ``model_path``."""
+    """A mixin was constructed without ``model_path``, and has no default or was given None."""
+
+
+class TorchOnlyError(VistowerError, AttributeError):
+    """A mixin's model, config, processor or array was asked for what only torch's object has."""
 
 
 class DeviceError(VistowerError, RuntimeError):

@@ -128,9 +128,14 @@ class Bundle:
         return layout_of(path, self.config, self.preprocessor.output_size)
 
     @cached_property
+    def processor_config(self) -> dict[str, Any]:
+        """The bundle's ``preprocessor_config.json``."""
+        return read_json(self.directory / PROCESSOR_FILE)
+
+    @cached_property
     def preprocessor(self) -> Preprocessor:
         """The image processor of ``preprocessor_config.json``, reproduced in NumPy."""
-        config = read_json(self.directory / PROCESSOR_FILE)
+        config = self.processor_config
         if self.manifest is None:
             return Preprocessor.from_config(config)
         reference = self.manifest.preprocessing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,15 @@ from vistower.errors import (
     BundleCorruptError,
     BundleError,
     BundleNotFoundError,
+    OptionError,
     ProcessorConfigError,
 )
+
+_HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)*(?:@.+)?/?")
+"""An id, a subfolder and, after @, a revision; a trailing slash does not matter."""
+
+_LONGEST_ID = 200
+"""Its entry in the cache is a file name, of 255 bytes at most; a hub takes 96 for a name."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -68,14 +76,28 @@ def find_bundle(model: str | os.PathLike[str]) -> Bundle:
         BundleNotFoundError: there is none; the message holds the export command.
         BundleCorruptError: it was exported from an earlier state of the checkpoint directory, or
             it is damaged.
+        OptionError: it is no text and no path.
     """
-    text = os.fspath(model)
-    path = Path(text).expanduser()
+    text = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise OptionError(
+            f"{model!r} names no model. Give a bundle's or checkpoint's directory, or a hub id."
+        )
+    if not text.strip():
+        # Path("") is the working directory.
+        raise BundleNotFoundError(
+            f"{text!r} names no model. Give a bundle's or checkpoint's directory, or a hub id."
+        )
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # No such user.
+        raise BundleNotFoundError(f"{text!r} is no path here ({error}).") from error
     if not is_directory(path):
-        if path.is_absolute() or text.startswith((".", "~")) or path.exists():
+        an_id = _HUB_ID.fullmatch(text) is not None and len(text) <= _LONGEST_ID
+        if not an_id or path.exists():
             raise BundleNotFoundError(
-                f"There is no directory {path}. Give a bundle's directory, or a hub id whose "
-                f"bundle is in the cache {cache_directory()}."
+                f"There is no directory {str(path)!r}. Give a bundle's directory, or a hub id "
+                f"whose bundle is in the cache {cache_directory()}."
             )
         return _cached_hub_bundle(text)
     if holds_bundle(path):

@@ -2,7 +2,8 @@
 
 A picture is known by its ``pixel_values``: what the tower sees. So nothing of the caller's is
 kept alive, a changed array, PIL image or file is another picture, and an equal one is the same
-picture however it came. The price is preprocessing it again.
+picture however it came. The price is preprocessing it again. A list of pictures is kept as one,
+and counts as many.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class FeatureCache:
             OptionError: ``VISTOWER_FEATURE_CACHE`` is not a whole number.
         """
         size = _size()
-        if size == 0:
+        if len(pixel_values) > size:
             return compute(pixel_values)
         with self._lock:
             entries = list(self._entries)
@@ -57,7 +58,7 @@ class FeatureCache:
         state = compute(pixel_values)
         with self._lock:
             self._entries.appendleft((pixel_values, state))
-            while len(self._entries) > size:
+            while sum(len(pixels) for pixels, _ in self._entries) > size:
                 self._entries.pop()
         return state.copy()
 
