@@ -1,7 +1,14 @@
 """The five scores of the contract's three consumers: the same on torch's mixins and on vistower's.
 
-The bar is 1e-6 of the score. Where float32 cannot hold it, because a score is a small difference
-of large numbers, the last tests say by how much and compare with that.
+The bar is 1e-6 of the score. Two scores can be small differences of large numbers: float32 then
+holds as many digits less as their condition number κ has, torch's no more than ours.
+
+- Patch EMD, E = Σ P_ij |a_i − b_j|²: tokens that are off by ε of their norm move it by at most
+  Σ P_ij 2 |a_i − b_j| ε (|a_i| + |b_j|), with the plan P fixed (it is optimal, so to first order
+  its own change counts nothing). Relative to E this is κ ε. Of towers of the real size κ is 4 to 20
+  on edited pictures; where it is above 10, the bar is 1e-7 κ.
+- A cosine, Σ u_i v_i of unit vectors, is exact to ε of Σ |u_i v_i| ≤ 1: where tokens are nearly
+  orthogonal, its bar is absolute.
 """
 
 from __future__ import annotations
@@ -97,12 +104,21 @@ def boxes_of(picture: Image.Image) -> list[Box]:
 
 
 def edit(picture: Image.Image, other: Image.Image) -> Image.Image:
-    """The picture with something else over part of its object, and all of it a little changed."""
-    edited = Image.blend(picture, other.resize(picture.size), 0.1)
+    """The picture with something else over part of its object, and all of it changed."""
+    edited = Image.blend(picture, other.resize(picture.size), 0.3)
     left, top, right, bottom = boxes_of(picture)[0]
     middle = (left + right) // 2 + 1
     edited.paste(other.resize((middle - left, bottom - top)), (left, top))
     return edited
+
+
+def condition(a: np.ndarray, b: np.ndarray) -> float:
+    """κ of the patch EMD of tokens (N, D) and (M, D), see the module's docstring."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cost = cdist(a, b, "sqeuclidean")
+    plan = ot.emd(np.full(len(a), 1 / len(a)), np.full(len(b), 1 / len(b)), cost)
+    norms = np.linalg.norm(a, axis=1)[:, None] + np.linalg.norm(b, axis=1)
+    return float((plan * 2 * np.sqrt(cost) * norms).sum() / (plan * cost).sum())
 
 
 def assert_same_score(
@@ -117,7 +133,11 @@ def assert_same_score(
         expected = getattr(theirs, method)(*arguments)
         actual = getattr(ours, method)(*arguments)
         assert type(actual) is type(expected) is float
-        assert abs(actual - expected) <= RELATIVE * abs(expected), (mode, actual, expected)
+        bar = RELATIVE
+        if method == "patch_emd":
+            tokens = (theirs.get_features(picture).numpy() for picture in (one, edited))
+            bar = max(bar, 1e-7 * condition(*tokens))
+        assert abs(actual - expected) <= bar * abs(expected), (mode, bar, actual, expected)
         scores.append(expected)
     return scores
 
@@ -165,6 +185,7 @@ def test_picture_modes(
         if mode == "I;16":
             return picture.convert("L").convert("I").convert("I;16")
         if mode in ("LA", "RGBA"):
+            picture = picture.copy()
             picture.putalpha(photographs[2].convert("L").resize(picture.size))
         return picture.convert(mode)
 
@@ -172,48 +193,29 @@ def test_picture_modes(
     assert_same_score(pipes[backend], score, of_mode(one), of_mode(edit(one, photographs[4])))
 
 
-# Where float32 does not hold 1e-6 of the score
-
-
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
 def test_the_distance_of_near_equal_pictures(
     backend: str, pipes: Any, photographs: list[Image.Image]
 ) -> None:
-    """E = Σ P_ij |a_i − b_j|² is small against its parts |a_i|², |b_j|².
-
-    Tokens that are off by ε of their norm move it by Σ P_ij 2 |a_i − b_j| ε (|a_i| + |b_j|) at
-    most, with the plan P fixed (it is optimal, so to first order its own change counts nothing):
-    relative to E, κ times ε.
-    """
     ours, theirs = pipes[backend][clip_pipe]
     one = photographs[0]
     edited = one.copy()
     edited.paste((255, 0, 0), (0, 0, 2, 2))
+    kappa = condition(*(theirs.get_features(picture).numpy() for picture in (one, edited)))
+    assert kappa > 50
     expected = theirs.patch_emd(one, edited, [], None)
-    a, b = (theirs.get_features(picture).numpy().astype(np.float64) for picture in (one, edited))
-    weights = np.full(len(a), 1 / len(a))
-    cost = cdist(a, b, "sqeuclidean")
-    plan = ot.emd(weights, weights, cost)
-    norms = np.linalg.norm(a, axis=1)[:, None] + np.linalg.norm(b, axis=1)
-    condition = (plan * 2 * np.sqrt(cost) * norms).sum() / expected
-    assert condition > 50
-    actual = ours.patch_emd(one, edited, [], None)
-    assert abs(actual - expected) <= RELATIVE * condition * expected
+    assert abs(ours.patch_emd(one, edited, [], None) - expected) <= 1e-7 * kappa * expected
     assert ours.patch_emd(one, one, [], None) == theirs.patch_emd(one, one, [], None) == 0
 
 
 @pytest.mark.parametrize("score", [name for name in SCORES if "DINOv3" in name])
-def test_a_score_near_zero(score: str, pipes: Any, photographs: list[Image.Image]) -> None:
-    """A cosine of tokens that are nearly orthogonal is a sum whose parts cancel: Σ u_i v_i of unit
-    vectors is exact to ε of Σ |u_i v_i| ≤ 1, which is κ = Σ |u_i v_i| / |Σ u_i v_i| of the score.
-    """
+def test_scores_of_unlike_pictures(score: str, pipes: Any, photographs: list[Image.Image]) -> None:
     pipe, method = SCORES[score]
     ours, theirs = pipes["torchvision"][pipe]
-    for one in photographs:
-        for other in photographs:
-            arguments = one, other.resize(one.size), boxes_of(one), None
-            expected = getattr(theirs, method)(*arguments)
-            assert abs(getattr(ours, method)(*arguments) - expected) <= RELATIVE
+    for one, other in zip(photographs, photographs[1:] + photographs[:1], strict=True):
+        arguments = one, other.resize(one.size), boxes_of(one), None
+        expected = getattr(theirs, method)(*arguments)
+        assert abs(getattr(ours, method)(*arguments) - expected) <= RELATIVE
 
 
 def test_crops_are_enlarged_and_reduced(photographs: list[Image.Image]) -> None:
