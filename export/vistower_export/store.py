@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 _ALIGNMENT = 65536
@@ -47,7 +48,8 @@ class WeightStore:
                 offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
                 file.truncate(offset)
                 file.seek(offset)
-                tensor.numpy().tofile(file)
+                # Not ndarray.tofile(): on a full disk it may lose the last 4 KB in silence.
+                file.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
             self._stored[name] = ir.ExternalTensor(
                 self.path.name,
                 offset,

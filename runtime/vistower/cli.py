@@ -465,7 +465,7 @@ def _run(arguments: Sequence[str]) -> None:
     except VistowerError as error:
         if "--debug" in arguments:
             raise
-        err.print(f"error: {error}")
+        _say(f"error: {error}")
         found_bad = isinstance(error, GoldenMismatchError | BundleCorruptError)
         sys.exit(1 if found_bad and "verify" in arguments[:2] else 2)
     except Exception as error:
@@ -475,8 +475,14 @@ def _run(arguments: Sequence[str]) -> None:
         # The system said no: a full disk, a terminal that is gone, no permission.
         if not isinstance(error, OSError):
             what += ". This is a bug or a broken machine"
-        err.print(f"error: {what}: run again with `vistower --debug ...` for the traceback.")
+        _say(f"error: {what}: run again with `vistower --debug ...` for the traceback.")
         sys.exit(1)
+
+
+def _say(text: str) -> None:
+    # The exit code counts where standard error is a file on a full disk, or closed.
+    with contextlib.suppress(OSError, ValueError):
+        err.print(text)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class EmbeddingFile:
         made = self.staging.path(self.place)
         with as_output_error(self.place):
             if self.place.suffix == ".npy":
-                np.save(made, cls)
+                _save(made, cls)
                 listed = self.staging.path(names_file(self.place))
                 listed.write_text(json.dumps(list(names), indent=0) + "\n", encoding="ascii")
             else:
@@ -76,6 +76,16 @@ class EmbeddingFile:
             for output in self.replaced:
                 shutil.copymode(output, self.staging.path(output))
         self.staging.publish(self.replaced)
+
+
+def _save(path: Path, array: npt.NDArray[np.float32]) -> None:
+    # numpy.save loses the last 4 KB on a full disk and does not say so: it writes through C's
+    # buffer, and ignores what closing it says.
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def _lock(place: Path, *, create: bool) -> int | None:
     lock = os.open(place / _LOCK, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
     try:
         known = os.read(lock, len(_LOCK_TEXT)).decode("utf-8", "replace")
-        if known not in {"", _LOCK_TEXT}:
+        if not _LOCK_TEXT.startswith(known):
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(place / _LOCK))
         if not _flock(lock):
             os.close(lock)
@@ -242,9 +242,11 @@ def _lock(place: Path, *, create: bool) -> int | None:
         # Whoever had it may have removed it between our two steps.
         if not os.path.samestat(os.fstat(lock), (place / _LOCK).stat()):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place))
-        os.ftruncate(lock, 0)
-        os.lseek(lock, 0, os.SEEK_SET)
-        os.write(lock, f"{_LOCK_TEXT}{os.getpid()}".encode())
+        # On a full disk it stays empty, and the work will say so.
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock, 0)
+            os.lseek(lock, 0, os.SEEK_SET)
+            os.write(lock, f"{_LOCK_TEXT}{os.getpid()}".encode())
     except BaseException:
         os.close(lock)
         raise

@@ -1,0 +1,92 @@
+"""Stops, races and starves exports and embeds, and prints what came of it; see docs/reliability.md.
+
+usage: scripts/faults [--count 50] [--seed 0]
+Needs the right to mount a tmpfs for the part with full disks; says so where it lacks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import campaign
+from conftest import tiny_checkpoint
+from nursery import Nursery
+from vistower_export.pictures import SAMPLES
+from vistower_export.towers import CLIP, DINOV3
+
+
+def tallies(folder: Path, count: int, seed: int) -> Iterator[campaign.Tally]:
+    with Nursery("vistower.embedding_files") as light:
+        yield from campaign.kill_everything_at_every_step(light, folder)
+    first = tiny_checkpoint(folder / "tiny-clip", CLIP)
+    second = tiny_checkpoint(folder / "tiny-dinov3", DINOV3)
+    with Nursery() as nursery:
+        output = folder / "exports" / "bundle"
+        for number in campaign.SIGNALS:
+            yield campaign.stop_exports(nursery, first, second, output, number, count, seed)
+        bundle = folder / "bundles" / "bundle"
+        done = nursery.run("export", first, "--output", bundle)
+        if done.code:
+            raise SystemExit(done.errors)
+        for number in campaign.SIGNALS:
+            for forked in (nursery, None):
+                embeds = folder / "embeds" / "o.npz"
+                yield campaign.stop_embeds(
+                    forked, bundle, SAMPLES * 10, embeds, number, count, seed
+                )
+        yield campaign.race_exports(nursery, first, second, output, max(3, count // 2), seed)
+        yield from full_disks(nursery, folder, bundle, second)
+
+
+def full_disks(
+    nursery: Nursery, folder: Path, bundle: Path, second: Path
+) -> Iterator[campaign.Tally]:
+    disk = folder / "disk"
+    if not campaign.can_mount(disk):
+        sys.stderr.write("no tmpfs may be mounted here: full disks were left out\n")
+        return
+    whole = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    arguments = (
+        "export", second, "--overwrite", "--precision", "int8", "--precision", "bf16",
+        "--resolution", "224", "--resolution", "96x160",
+    )  # fmt: skip
+    sizes = [whole + 4096 * pages for pages in (*range(0, 100, 10), *range(100, 4000, 100))]
+    yield campaign.fill_disk(
+        nursery, disk, bundle, arguments, "bundle", sizes, campaign.bundle_state
+    )
+    first = folder / "first.npz"
+    nursery.run("embed", bundle, SAMPLES[0], "--output", first)
+    wholes = {"first": first.read_bytes()}
+    for name in ("o.npz", "o.npy"):
+        yield campaign.fill_disk(
+            nursery,
+            disk,
+            first,
+            ("embed", bundle, *SAMPLES * 60, "--device", "cpu"),
+            name,
+            [4096 * count for count in range(1, 40)],
+            lambda output: campaign.embeddings_state(output, wholes),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=int, default=50, help="Faults of each kind.")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for tally in tallies(Path(folder), arguments.count, arguments.seed):
+            print(tally, flush=True)
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
