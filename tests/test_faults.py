@@ -153,8 +153,8 @@ def test_export_without_room_for_a_file(
     assert tally.outcomes["failed on the way"] >= 5
     # C's buffer of 4 KB, whose last flush NumPy's tofile() does not check.
     limit = (output / "onnx" / "model.onnx_data").stat().st_size - 100
-    again = ("export", (campaign.bundle_state(output) == first.name and first) or second)
-    ended = nursery.run(*again, "--output", output, "--overwrite", file_size=limit)
+    there = first if campaign.bundle_state(output) == first.name else second
+    ended = nursery.run("export", there, "--output", output, "--overwrite", file_size=limit)
     assert ended.code == 2, ended
     assert "cannot be written: File too large" in ended.errors
 

@@ -247,7 +247,10 @@ def test_a_checkpoint_directory_finds_its_bundle_in_the_cache(
     mixin = DINOv3Mixin(model_path=f"{checkpoint}/")
     assert (mixin.input_image_size, mixin.patch_size) == EMBED_MODEL_RESOLUTION[checkpoint.name]
     weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes())
+    data = weights.read_bytes()
+    weights.write_bytes(data)
+    assert DINOv3Mixin(model_path=str(checkpoint)).patch_size == 16
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(BundleCorruptError, match="changed after"):
         DINOv3Mixin(model_path=str(checkpoint))
 

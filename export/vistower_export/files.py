@@ -7,23 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vistower.bundle.source_files import ADAPTER, PROCESSOR_CONFIGS, WEIGHTS
 from vistower.errors import CheckpointError
 
 CONFIG = "config.json"
-PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
-"""Files transformers reads an image processor from. Which one counts is its own affair: 5 takes an
-``image_processor`` section of the second first, 4.57 the first file first."""
-
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""In order of preference; an index names the shards it stands for."""
-
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-"""What the peft library saves; transformers applies it only where peft is installed."""
 
 
 def needed(names: Collection[str], path_of: Callable[[str], Path]) -> tuple[tuple[str, ...], str]:

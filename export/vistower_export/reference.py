@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ImageProcessingMixin
 from transformers.image_utils import load_image
 
+from vistower.bundle.source_files import PROCESSOR_CONFIGS
 from vistower.errors import (
     CheckpointError,
     OptionError,
@@ -24,7 +25,7 @@ from vistower.errors import (
     UnsupportedArchitectureError,
 )
 from vistower.preprocess.processor import Backend, Transparency
-from vistower_export.files import CONFIG, PROCESSOR_CONFIGS, read_json
+from vistower_export.files import CONFIG, read_json
 from vistower_export.towers import TowerFamily, family_of
 
 Array = npt.NDArray[np.float32]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vistower.bundle import PROCESSOR_FILE, Bundle, sha256, weight_files
+from vistower.bundle import PROCESSOR_FILE, Bundle, record_source, sha256
 from vistower.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -32,8 +32,10 @@ from vistower.bundle.manifest import (
     Manifest,
     Preprocessing,
     Source,
+    SourceFile,
 )
-from vistower.errors import ProcessorConfigError, UnsupportedArchitectureError
+from vistower.bundle.source_files import changed_sources
+from vistower.errors import CheckpointError, ProcessorConfigError, UnsupportedArchitectureError
 from vistower.execution.ort import onnxruntime
 from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
 from vistower.places import as_output_error, require_space
@@ -305,13 +307,22 @@ def describe(
     preprocessing: Preprocessing,
     weight_bytes: int,
     graphs: Mapping[str, GraphRecord],
+    sources: Mapping[str, SourceFile],
     staging: Path,
 ) -> Manifest:
-    """Make the manifest of everything in the staging directory."""
+    """Make the manifest of everything in the staging directory.
+
+    Raises:
+        CheckpointError: the checkpoint changed since ``sources`` were recorded.
+    """
+    if changed := changed_sources(checkpoint.directory, sources) if sources else []:
+        raise CheckpointError(
+            f"{checkpoint.directory} changed while it was exported: {', '.join(changed)}. Export "
+            f"it again."
+        )
     made_with = {name: importlib.metadata.version(name) for name in LIBRARIES}
     made_with["onnxruntime"] = onnxruntime().__version__
     made_with["vistower"] = importlib.metadata.version("vistower")
-    local = checkpoint.revision is None
     return Manifest(
         format_version=FORMAT_VERSION,
         model_type=loaded.family.model_type,
@@ -321,7 +332,7 @@ def describe(
             name=checkpoint.name,
             revision=checkpoint.revision,
             random_weight=checkpoint.random_weight,
-            files=weight_files(checkpoint.directory) if local else {},
+            files=sources,
         ),
         layout=loaded.views[0].layout,
         preprocessing=preprocessing,
@@ -396,6 +407,9 @@ def export_bundle(
         staging = published.path(place)
         staging.mkdir()
         require_space(place, least_bytes(read_json(checkpoint.directory / CONFIG), precisions))
+        # What comes from a hub is known by its commit.
+        local = checkpoint.revision is None
+        recorded = record_source(checkpoint.directory) if local else {}
         on_step("load the checkpoint")
         loaded = load(checkpoint.directory, backend, precisions, resolutions, staging)
         on_step(
@@ -434,7 +448,7 @@ def export_bundle(
         on_step("write the golden vectors and the manifest")
         write_golden(golden, referenced, staging)
         manifest = describe(
-            checkpoint, loaded, preprocessing, graphs.weight_bytes, records, staging
+            checkpoint, loaded, preprocessing, graphs.weight_bytes, records, recorded, staging
         )
         (staging / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         published.publish({place: replaced})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import (
@@ -13,8 +14,9 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,8 @@ from PIL import Image
 from vistower.arguments import height_and_width, whole_number
 from vistower.bundle import Bundle, BundleGraph, find_bundle
 from vistower.errors import (
+    BundleCorruptError,
+    BundleNotFoundError,
     DeviceError,
     EmptyInputError,
     ImageFormatError,
@@ -50,6 +54,23 @@ from vistower.tokens import TokenLayout
 logger = logging.getLogger("vistower")
 
 Array = npt.NDArray[np.float32]
+_Arguments = ParamSpec("_Arguments")
+_Opened = TypeVar("_Opened")
+
+
+def _once_more(opens: Callable[_Arguments, _Opened]) -> Callable[_Arguments, _Opened]:
+    """Try again what failed on a bundle: it may just have been replaced, between two of its files.
+
+    One that is damaged is so again.
+    """
+
+    @wraps(opens)
+    def open_twice(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Opened:
+        with contextlib.suppress(BundleCorruptError, BundleNotFoundError):
+            return opens(*arguments, **options)
+        return opens(*arguments, **options)
+
+    return open_twice
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,7 @@ class VisionEncoder:
         self.processor: Preprocessor = bundle.preprocessor_at(graph.resolution, graph.pixels)
 
     @classmethod
+    @_once_more
     def open(
         cls,
         bundle: str | os.PathLike[str],

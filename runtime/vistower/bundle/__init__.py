@@ -6,7 +6,8 @@
 - `vistower.bundle.graphs`: one graph, checked against what the bundle says of it, from what
   `vistower.bundle.graph_file` reads of an ONNX file by `vistower.bundle.wire`;
 - `vistower.bundle.hashes`, `vistower.bundle.reading`: files, hashed once and read with care;
-- `vistower.bundle.lookup`: where bundles are found.
+- `vistower.bundle.lookup`: where bundles are found; `vistower.bundle.source_files`: whether the
+  checkpoint they were made from is still the same.
 """
 
 from vistower.bundle.contents import Bundle
@@ -17,9 +18,9 @@ from vistower.bundle.lookup import (
     cache_path,
     cached_bundles,
     find_bundle,
-    weight_files,
 )
 from vistower.bundle.manifest import PROCESSOR_FILE
+from vistower.bundle.source_files import record_source
 
 __all__ = [
     "PROCESSOR_FILE",
@@ -31,6 +32,6 @@ __all__ = [
     "cached_bundles",
     "checked_file",
     "find_bundle",
+    "record_source",
     "sha256",
-    "weight_files",
 ]

@@ -67,7 +67,8 @@ class Bundle:
         # A link to nowhere is no bundle of another exporter.
         if os.path.lexists(path / MANIFEST_FILE):
             manifest = Manifest.read(path / MANIFEST_FILE)
-        bundle = cls(path, manifest)
+        # Absolute: it may be unpickled in another working directory.
+        bundle = cls(Path(os.path.abspath(path)), manifest)  # noqa: PTH100
         if manifest is None:
             bundle._check_foreign()
             return bundle

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vistower.bundle.reading import open_regular, read_file
-from vistower.errors import BundleError
+from vistower.errors import BundleError, OptionError
 
 RECORD_DIRECTORY = ".verified"
 
@@ -92,16 +92,16 @@ def _remembered(path: Path) -> str | None:
         digest = record.pop("sha256")
         same = record == _state(path, path.stat())
     # Whatever is in the file, or no home to have a cache in.
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, BundleError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, BundleError):
         return None
     return digest if same and isinstance(digest, str) else None
 
 
 def _remember(path: Path, state: dict[str, Any], digest: str) -> None:
     """Write the record beside its place and rename it; whoever comes last wins."""
-    place = _record(path)
     # A full disk, a read-only cache, no home: the file is hashed again next time.
-    with contextlib.suppress(OSError, RuntimeError, UnicodeError):
+    with contextlib.suppress(OSError, OptionError, UnicodeError):
+        place = _record(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=".", dir=place.parent)
         try:

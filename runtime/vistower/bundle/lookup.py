@@ -11,6 +11,7 @@ from pathlib import Path
 from vistower.backbones import BACKBONES
 from vistower.bundle.contents import Bundle, holds_bundle, is_directory, nothing_here
 from vistower.bundle.manifest import CONFIG_FILE
+from vistower.bundle.source_files import changed_sources
 from vistower.errors import (
     BundleCorruptError,
     BundleError,
@@ -25,15 +26,25 @@ _HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)*(?:@.+)?/?")
 _LONGEST_ID = 200
 """Its entry in the cache is a file name, of 255 bytes at most; a hub takes 96 for a name."""
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
-
 
 def cache_directory() -> Path:
     """Where bundles are kept by id: ``VISTOWER_CACHE``, else ``vistower`` under the HF cache.
 
     The HF cache is ``HF_HOME``, else ``$XDG_CACHE_HOME/huggingface``, else
     ``~/.cache/huggingface``.
+
+    Raises:
+        OptionError: none of them is set, and the user has no home directory.
     """
+    try:
+        return _cache_directory()
+    except RuntimeError as error:
+        raise OptionError(
+            f"There is no place for vistower's cache ({error}). Set VISTOWER_CACHE to a directory."
+        ) from error
+
+
+def _cache_directory() -> Path:
     if explicit := os.environ.get("VISTOWER_CACHE"):
         return Path(explicit).expanduser()
     if hf_home := os.environ.get("HF_HOME"):
@@ -56,15 +67,6 @@ def cache_path(model: str, revision: str | None = None) -> Path:
     if revision is not None:
         model = f"{model}@{revision}"
     return cache_directory() / model.strip("/").replace("/", "--")
-
-
-def weight_files(directory: Path) -> dict[str, tuple[int, int]]:
-    """The weight files of a checkpoint directory → (size in bytes, modification time in ns)."""
-    return {
-        file.name: (file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(directory.iterdir())
-        if file.suffix in WEIGHT_SUFFIXES and file.is_file()
-    }
 
 
 def find_bundle(model: str | os.PathLike[str]) -> Bundle:
@@ -135,10 +137,12 @@ def _cached_checkpoint_bundle(path: Path) -> Bundle:
             f"Make it, where torch is installed, with: {command}"
         )
     bundle = Bundle.load(place)
-    if bundle.manifest is not None and dict(bundle.manifest.source.files) != weight_files(path):
+    if bundle.manifest is not None and (
+        changed := changed_sources(path, bundle.manifest.source.files)
+    ):
         raise BundleCorruptError(
-            f"The weights in {path} changed after the bundle {place} was made from them. Make it "
-            f"again with: {command} --overwrite"
+            f"{path} changed after the bundle {place} was made from it: {', '.join(changed)}. Make "
+            f"it again with: {command} --overwrite"
         )
     return bundle
 

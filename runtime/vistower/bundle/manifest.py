@@ -45,6 +45,8 @@ MOST_FILES = 4096
 MOST_GRAPHS = 512
 
 _BYTES = Whole(0, 1 << 62)
+_TIME = Whole(-(1 << 63), 1 << 63)
+_SHA256 = Text(r"[0-9a-f]{64}", "64 hexadecimal digits")
 _SIDE = Whole(1, 1 << 14)
 """Pixels of a picture's or a patch's side."""
 
@@ -97,7 +99,9 @@ MANIFEST = Record(
                 "name": Text(),
                 "revision": Maybe(Text(longest=256)),
                 "random_weight": Flag(),
-                "files": MapOf(Text(), ListOf(_BYTES, 2, 2), 0, 4096),
+                "files": MapOf(
+                    Text(), Record({"size": _BYTES, "mtime_ns": _TIME, "sha256": _SHA256}), 0, 4096
+                ),
             }
         ),
         "layout": Record(
@@ -127,7 +131,7 @@ MANIFEST = Record(
         "export_peak_bytes": _BYTES,
         "files": MapOf(
             _FILE,
-            Record({"size": _BYTES, "sha256": Text(r"[0-9a-f]{64}", "64 hexadecimal digits")}),
+            Record({"size": _BYTES, "sha256": _SHA256}),
             1,
             MOST_FILES,
         ),
@@ -146,18 +150,27 @@ def is_file_name(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """Size in bytes, time of modification in ns and SHA-256 of a checkpoint's file."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Source:
     """The checkpoint a bundle was made from.
 
-    ``revision`` is the resolved commit of a hub id; ``files`` maps the weight files of a local
-    directory to (size in bytes, modification time in ns), so that a changed one is noticed.
+    ``revision`` is the resolved commit of a hub id; ``files`` maps the files of a local directory
+    that were read to what they were, so that a changed one is noticed.
     """
 
     model: str
     name: str
     revision: str | None
     random_weight: bool
-    files: Mapping[str, tuple[int, int]]
+    files: Mapping[str, SourceFile]
 
 
 @dataclass(frozen=True)
@@ -294,7 +307,7 @@ class Manifest:
 def _manifest(data: dict[str, Any]) -> Manifest:
     """The dataclasses of what `MANIFEST` has checked."""
     source = dict(data["source"])
-    source["files"] = {name: (pair[0], pair[1]) for name, pair in source["files"].items()}
+    source["files"] = {name: SourceFile(**record) for name, record in source["files"].items()}
     graphs = {}
     for kind, record in data["graphs"].items():
         parity = {

@@ -72,15 +72,30 @@ class Loading:
 
         Raises:
             DeviceError: the device cannot be had.
-            BundleCorruptError: the graph cannot be loaded, has other inputs or outputs, or is not
-                what its bundle says.
+            BundleCorruptError: the graph cannot be loaded, has other inputs or outputs, is not
+                what its bundle says, or its bundle was replaced meanwhile.
         """
+        before = self._bundle()
         session = self._create(worker)
+        if before != self._bundle():
+            raise BundleCorruptError(
+                f"The bundle of {self.graph} was replaced while it was opened. Open it again."
+            )
         self._check_provider(session)
         source, target = self._ports(session)
         strict = self.options.strict
         placement = read_placement(session, self.device, self.graph, strict=strict)
         return Loaded(session, source, target, placement)
+
+    def _bundle(self) -> tuple[int, int] | None:
+        """The bundle's directory, whatever it is called; what was checked is in this one."""
+        if self.of is None:
+            return None
+        try:
+            found = self.of.directory.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def _create(self, worker: Worker | None) -> Any:
         module = onnxruntime()

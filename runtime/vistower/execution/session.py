@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,9 @@ class Session:
             self.reason = "first of the providers"
             require_device(self.device)
         self._of = graph if isinstance(graph, BundleGraph) else None
-        self.graph = graph.path if isinstance(graph, BundleGraph) else graph
+        # Absolute: it may be unpickled in another working directory.
+        path = graph.path if isinstance(graph, BundleGraph) else graph
+        self.graph = Path(os.path.abspath(path))  # noqa: PTH100
         self.options = options or SessionOptions()
         self.threads = threads or available_cpus()
         self._worker: Worker | None = None
