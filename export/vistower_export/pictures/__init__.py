@@ -66,13 +66,16 @@ def write_hard_pictures(directory: Path, size: tuple[int, int]) -> tuple[Path, .
     shapes = {
         "noise-97x61": noise(97, 61),
         "output-size": noise(width, height),
-        "output-height": noise(2 * width + 1, height),
-        "output-width": noise(width, 2 * height + 1),
+        # A centre crop of these starts at one and a half.
+        "output-height": noise(width + 3, height),
+        "output-width": noise(width, height + 3),
+        "noise-107x100": noise(107, 100),
+        "noise-100x107": noise(100, 107),
         "square-256": noise(256, 256),
         "wide-700x90": photo.resize((700, 90)),
         "tall-90x700": photo.resize((90, 700)),
-        "strip-2x300": noise(2, 300),
-        "strip-400x2": noise(400, 2),
+        "strip-2x90": noise(2, 90),
+        "strip-100x2": noise(100, 2),
         "tiny-5x4": noise(5, 4),
         "enlarged-40x30": photo.crop((100, 100, 140, 130)),
         # Every filter overshoots here, so that where it is clamped shows.
