@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import hashlib
 import json
 import os
 import random
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from forged import reseal
 from vistower import VisionEncoder
 from vistower.bundle import Bundle
 from vistower.errors import VistowerError
@@ -73,16 +73,6 @@ def mutate(bundle: Path, number: int) -> str:
     if resealed:
         reseal(bundle, name)
     return f"{name} {kind.__name__}{' resealed' if resealed else ''}"
-
-
-def reseal(bundle: Path, *names: str) -> None:
-    """Write the hashes of files into the manifest, as whoever forges them would."""
-    manifest = json.loads((bundle / "vistower.json").read_text())
-    for name in names:
-        data = (bundle / name).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        manifest["files"][name] = {"size": len(data), "sha256": digest}
-    (bundle / "vistower.json").write_text(json.dumps(manifest))
 
 
 def use(bundle: Path, picture: Any, *, verify: bool = True) -> None:
@@ -198,7 +188,7 @@ def _forge(model: onnx.ModelProto, rng: random.Random) -> None:
         )
     elif do == 3 and node.attribute:
         attribute = rng.choice(node.attribute)
-        attribute.i, attribute.type = rng.choice(numbers), rng.randrange(16)
+        attribute.i, attribute.type = rng.choice(numbers), rng.randrange(15)
         attribute.ints.extend(rng.choices(numbers, k=2))
     elif do == 4 and tensor.dims:
         tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice(numbers)

@@ -14,7 +14,7 @@ import pytest
 
 import forged
 from command_line import run
-from mutations import reseal
+from forged import reseal
 from vistower.bundle import Bundle
 from vistower.errors import BundleCorruptError, GoldenMismatchError, PrecisionError, VistowerError
 from vistower.golden import replay

@@ -136,7 +136,7 @@ def test_the_graphs_own_numbers_are_compared(key: str, bundle: Path) -> None:
 def test_another_graph_in_place_of_one(bundle: Path, dinov3_bundle: Path) -> None:
     """Its domains are those of the record; the tokens are not."""
     (bundle / "onnx/model_ort.onnx").write_bytes((bundle / "onnx/model.onnx").read_bytes())
-    mutations.reseal(bundle, "onnx/model_ort.onnx")
+    forged.reseal(bundle, "onnx/model_ort.onnx")
     with pytest.raises(BundleCorruptError, match=r"nodes|domains"):
         opened(bundle)
 
@@ -285,7 +285,7 @@ def test_nan_weights_are_an_error_in_float32_too(bundle: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[1000:1004] = np.float32(np.nan).tobytes()
     weights.write_bytes(data)
-    mutations.reseal(bundle, "onnx/model.onnx_data")
+    forged.reseal(bundle, "onnx/model.onnx_data")
     encoder = opened(bundle)
     for call in (encoder.encode, lambda x: next(encoder.encode_stream([x])).cls):
         with pytest.raises(NonFiniteError, match=r"in fp32 on cpu gave NaN .*weights are damaged"):

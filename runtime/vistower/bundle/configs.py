@@ -21,6 +21,9 @@ from vistower.tokens import TokenLayout
 _SIDE = Whole(1, 1 << 14)
 _SIDES = Either(_SIDE, ListOf(_SIDE, 2, 2))
 
+_ONE_SIZE = ("clip_vision_model",)
+"""Model types whose position embedding is learned for one size."""
+
 _TOWER: Mapping[str, Rule] = {
     "model_type": Text(longest=64),
     "hidden_size": Whole(1, 1 << 16),
@@ -79,9 +82,8 @@ def layout_of(path: Path, config: Mapping[str, Any], image_size: tuple[int, int]
         num_register_tokens=config.get("num_register_tokens", 0),
         hidden_size=config["hidden_size"],
     )
-    # CLIP's position embedding is learned for one size.
     native = config.get("image_size", image_size)
-    if config["model_type"] == "clip_vision_model" and sides(native) != image_size:
+    if config["model_type"] in _ONE_SIZE and sides(native) != image_size:
         raise BundleCorruptError(
             f"{path} says image_size={native!r}, but the processor beside it gives pictures of "
             f"{image_size[0]}x{image_size[1]}."
@@ -100,12 +102,14 @@ def check_config(
     manifest: dict[str, Any] = {
         "model_type": model_type,
         "hidden_size": layout.hidden_size,
-        "patch_size": layout.patch_size,
+        "patch_size": [layout.patch_size, layout.patch_size],
         "num_register_tokens": layout.num_register_tokens,
     }
+    if model_type in _ONE_SIZE:
+        manifest["image_size"] = list(layout.image_size)
     for key, value in manifest.items():
         said = config.get(key, value)
-        if said != value and said != [value, value]:
+        if said != value and [said, said] != value:
             raise BundleCorruptError(
                 f"{path} says {key}={said!r}, but {path.with_name(MANIFEST_FILE)} says {value!r}. "
                 f"One of them was edited: export the bundle again."

@@ -79,8 +79,15 @@ _EXTERNAL = 1
 _EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
 """Keys of ``external_data`` in ONNX's documentation; ONNX Runtime has more, of its own."""
 
+_NO_GRAPH: Mapping[str, Any] = {"node": []}
+_DEEPEST_CALL = 16
+_MOST_NODES = 200_000
+
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
 """Whole-number attributes that name the element type of a value."""
+
+_LARGEST = (1 << 31) - 1
+"""Bytes of a message of Protocol Buffers."""
 
 _MAPPED_FROM = 16 << 20
 """Larger files are mapped into memory instead of read: they hold weights nobody looks at."""
@@ -136,7 +143,7 @@ def read_graph(path: Path, pixels: str = "pixel_values") -> GraphFacts:
     with _mapped(path) as data:
         try:
             return facts(data, pixels)
-        except (WireError, UnicodeDecodeError) as error:
+        except (WireError, UnicodeDecodeError, RecursionError) as error:
             raise BundleCorruptError(
                 f"{path} cannot be loaded: it is no ONNX graph ({error}). Export the bundle again."
             ) from error
@@ -154,6 +161,7 @@ def facts(data: memoryview, pixels: str) -> GraphFacts:
         raise WireError("there is no graph in it")
     found = _Census()
     found.graph(graph)
+    _check_expansion(graph["node"], model["functions"])
     for function in model["functions"]:
         found.nodes(function["node"])
         found.attributes(function["attribute_proto"])
@@ -201,6 +209,35 @@ def relocated(path: Path, places: Mapping[str, str]) -> bytes:
             return edited(data, (7, 5, 13), moved)
         except (WireError, UnicodeDecodeError) as error:
             raise BundleCorruptError(f"{path} is no ONNX graph ({error}).") from error
+
+
+def _check_expansion(nodes: list[dict[str, Any]], functions: list[dict[str, Any]]) -> None:
+    """Count the nodes there are once every function is written out, as ONNX Runtime does.
+
+    Raises:
+        WireError: too many, or a function that calls itself.
+    """
+    bodies = {(_domain(x), x.get("name", "")): x["node"] for x in functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def expanded(nodes: list[dict[str, Any]], inside: tuple[tuple[str, str], ...]) -> int:
+        total = 0
+        for node in nodes:
+            name = _domain(node), node.get("op_type", "")
+            for attribute in node["attribute"]:
+                for graph in (*attribute["graphs"], attribute.get("g", _NO_GRAPH)):
+                    total += expanded(graph["node"], inside)
+            if name in inside or len(inside) > _DEEPEST_CALL:
+                raise WireError(f"the function {name[1]!r} calls itself, or too many others")
+            if name in bodies and name not in sizes:
+                sizes[name] = expanded(bodies[name], (*inside, name))
+            total += sizes.get(name, 1)
+        if total > _MOST_NODES:
+            raise WireError(f"functions that write out to more than {_MOST_NODES} nodes")
+        return total
+
+    if bodies:
+        expanded(nodes, ())
 
 
 @dataclass
@@ -300,7 +337,12 @@ def _mapped(path: Path) -> Iterator[memoryview]:
     """The bytes of a file, mapped where there are many."""
     with os.fdopen(open_regular(path), "rb") as file:
         try:
-            if os.fstat(file.fileno()).st_size < _MAPPED_FROM:
+            size = os.fstat(file.fileno()).st_size
+            if size > _LARGEST:
+                raise BundleCorruptError(
+                    f"{path} has {size} bytes; an ONNX file has at most {_LARGEST}."
+                )
+            if size < _MAPPED_FROM:
                 yield memoryview(file.read())
                 return
             # Never closed by hand: an exception's traceback can still hold a piece of it.

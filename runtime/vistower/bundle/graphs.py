@@ -26,6 +26,9 @@ FOREIGN_DOMAINS = (*DOMAINS, "ai.onnx.ml", "com.microsoft.nchwc", "com.ms.intern
 
 REFUSED_OPERATORS = {
     "EPContext": "opens a compiled model of an execution provider, in another file",
+    "Loop": "repeats itself as often as it likes",
+    "Scan": "repeats itself as often as it likes",
+    "SequenceMap": "repeats itself as often as it likes",
     "PythonOp": "runs Python code",
     "PythonOpGrad": "runs Python code",
 }

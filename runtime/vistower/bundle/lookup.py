@@ -60,7 +60,7 @@ def cache_path(model: str, revision: str | None = None) -> Path:
     absolute path, so that two checkpoints of one name do not collide.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if is_directory(path):
         absolute = path.resolve()
         digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
         return cache_directory() / f"local--{absolute.name}--{digest}"
@@ -116,7 +116,7 @@ def _cached_hub_bundle(model: str) -> Bundle:
     if backbone is not None:
         name = backbone.hub_id
     place = cache_path(name, revision or None)
-    if not place.is_dir():
+    if not is_directory(place):
         parts = name.split("/")
         command = f"vistower export {'/'.join(parts[:2])}"
         command += f" --revision {revision}" if revision else ""
@@ -131,7 +131,7 @@ def _cached_hub_bundle(model: str) -> Bundle:
 def _cached_checkpoint_bundle(path: Path) -> Bundle:
     place = cache_path(str(path))
     command = f"vistower export {path}"
-    if not place.is_dir():
+    if not is_directory(place):
         raise BundleNotFoundError(
             f"{path} is a checkpoint, and the cache {cache_directory()} has no bundle of it. "
             f"Make it, where torch is installed, with: {command}"

@@ -45,6 +45,9 @@ MOST_FILES = 4096
 MOST_GRAPHS = 512
 
 _BYTES = Whole(0, 1 << 62)
+_FILE_BYTES = Whole(0, 128 << 30)
+"""Bytes of a file; the weights of the largest tower known have 27 GB."""
+
 _TIME = Whole(-(1 << 63), 1 << 63)
 _SHA256 = Text(r"[0-9a-f]{64}", "64 hexadecimal digits")
 _SIDE = Whole(1, 1 << 14)
@@ -131,7 +134,7 @@ MANIFEST = Record(
         "export_peak_bytes": _BYTES,
         "files": MapOf(
             _FILE,
-            Record({"size": _BYTES, "sha256": _SHA256}),
+            Record({"size": _FILE_BYTES, "sha256": _SHA256}),
             1,
             MOST_FILES,
         ),

@@ -23,8 +23,9 @@ DEEPEST_JSON = 32
 LONGEST_NUMBER = 40
 """Characters of a number: Python's conversion of very long ones takes quadratic time."""
 
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
-"""A string of JSON, quotes included."""
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+"""A string of JSON, quotes included, or one that never ends: so it matches from every quote on, and
+no text takes more than one pass."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
