@@ -41,7 +41,7 @@ MANIFESTS: list[tuple[str, Any]] = [
     *(("graphs", x) for x in ({}, None, [], {"ort": None}, {"x\x1b[2J": {}})),
     *(("files", x) for x in ({}, None, [], {"config.json": {}})),
     ("files", {f"f{n}": {"size": 0, "sha256": "0" * 64} for n in range(5000)}),
-    *(("files/config.json/size", x) for x in (-1, "470", 1e3, True)),
+    *(("files/config.json/size", x) for x in (-1, "470", 1e3, True, 2**40)),
     *(("files/config.json/sha256", x) for x in ("0" * 63, "G" * 64, None, "../../x")),
     *(("source.random_weight", x) for x in (0, 1, "false", None)),
     *(("source.name", x) for x in ("\x1b[31mred", "two\nlines", "\u202egnp", "a\x00b", 5, None)),
@@ -97,6 +97,8 @@ def test_every_field_of_the_manifest_is_needed(place: str, bundle: Path) -> None
         "",
         "\ufeff{}",
         '{"x": "' + "y" * (9 << 20) + '"}',
+        # One pass, not one from each of two million quotes.
+        '{"x": "' + '\\"' * 4_000_000,
     ],
     ids=lambda text: text[:20],
 )

@@ -41,6 +41,7 @@ from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
 from vistower.places import as_output_error, require_space
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.processor import Preprocessor
+from vistower.printable import printable
 from vistower.staging import staged
 from vistower.tolerance import TOLERANCES, GraphPrecision
 from vistower_export import reference as hf
@@ -328,8 +329,8 @@ def describe(
         model_type=loaded.family.model_type,
         hf_class=loaded.family.hf_class,
         source=Source(
-            model=checkpoint.source,
-            name=checkpoint.name,
+            model=printable(checkpoint.source),
+            name=printable(checkpoint.name),
             revision=checkpoint.revision,
             random_weight=checkpoint.random_weight,
             files=sources,
@@ -451,5 +452,7 @@ def export_bundle(
             checkpoint, loaded, preprocessing, graphs.weight_bytes, records, recorded, staging
         )
         (staging / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        # What it refuses must not be seen under the output's name.
+        Bundle.load(staging)
         published.publish({place: replaced})
     return Bundle.load(output)

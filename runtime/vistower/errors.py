@@ -163,7 +163,7 @@ class BatchMemoryError(InferenceError, MemoryError):
 
 
 class NonFiniteError(InferenceError, ArithmeticError):
-    """The tokens hold NaN or infinity, which a reduced precision can overflow to."""
+    """The tokens hold NaN or infinity: a reduced precision overflowed, or weights are damaged."""
 
 
 class OutputTypeError(VistowerError, RuntimeError):

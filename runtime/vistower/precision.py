@@ -58,7 +58,7 @@ AUTO_ON_GPU: Mapping[str, GraphPrecision] = MappingProxyType(
 """Model type → the precision that ``auto`` prefers on a GPU."""
 
 REDUCED = ("fp16", "bf16")
-"""Precisions of graphs whose tokens are checked for NaN and infinity."""
+"""Precisions in which a sound tower can overflow to infinity."""
 
 
 @dataclass(frozen=True)

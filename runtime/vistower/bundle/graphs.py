@@ -204,16 +204,20 @@ def checked_file(path: Path, directory: Path) -> Loadable:
                 f"and of ONNX Runtime's own are run."
             )
     real = path.resolve()
+    ends: dict[str, int] = {}
+    for one in facts.external:
+        end = one.offset + (one.length or 0)
+        ends[one.location] = max(end, ends.get(one.location, 0))
     places: dict[str, Path] = {}
-    for external in facts.external:
-        place = _external_file(path, directory, external)
+    for location, end in ends.items():
+        place = _external_file(path, directory, location)
         size = regular_file(place).st_size
-        if external.offset + (external.length or 0) > size:
+        if end > size:
             raise BundleCorruptError(
-                f"{path} wants bytes up to {external.offset + (external.length or 0)} of {place}, "
-                f"which has {size}. One of them was not written fully: export the bundle again."
+                f"{path} wants bytes up to {end} of {place}, which has {size}. One of them was "
+                f"not written fully: export the bundle again."
             )
-        places[external.location] = place.resolve()
+        places[location] = place.resolve()
     if all(place == real.parent / location for location, place in places.items()):
         return Loadable(real, None, facts)
     folder = Path(os.path.commonpath([place.parent for place in places.values()]))
@@ -269,19 +273,19 @@ def held_precision(path: Path, facts: GraphFacts) -> GraphPrecision:
     return "bf16" if _BRAIN in types else "fp32"
 
 
-def _external_file(path: Path, directory: Path, external: External) -> Path:
-    """The file of a tensor that lies outside the graph's.
+def _external_file(path: Path, directory: Path, location: str) -> Path:
+    """The file of tensors that lie outside the graph's.
 
     Raises:
         BundleCorruptError: its name leaves the bundle.
     """
     # "*/_ORT_MEM_ADDR_/*" is an address in memory to ONNX Runtime: a file's name has no asterisk.
-    if not is_file_name(external.location):
+    if not is_file_name(location):
         raise BundleCorruptError(
-            f"{path} keeps {external.tensor!r} in {external.location!r}, which is no relative path "
-            f"inside the bundle {directory}."
+            f"{path} keeps weights in {location!r}, which is no relative path inside the bundle "
+            f"{directory}."
         )
-    return path.parent / PurePosixPath(external.location)
+    return path.parent / PurePosixPath(location)
 
 
 def _weight_files(path: Path, external: tuple[External, ...]) -> Iterator[Path]:

@@ -30,8 +30,8 @@ class SessionOptions:
         stream: address of a ``cudaStream_t`` to compute on (``user_compute_stream``), e.g.
             ``torch.cuda.Stream().cuda_stream``; it must outlive the session.
         shrink: give the arena's unused memory back after every run; costs time.
-        non_finite: what to do about NaN or infinity in the tokens of a reduced precision:
-            ``error``, ``fp32`` (compute the batch again with the bundle's fp32 graph), or
+        non_finite: what to do about NaN or infinity in the tokens: ``error``, ``fp32`` (fp16 and
+            bf16 only: compute the batch again with the bundle's fp32 graph; else an error), or
             ``ignore``.
         engine_cache: directory of TensorRT's engines and timings; None for ``tensorrt`` under
             vistower's cache.
