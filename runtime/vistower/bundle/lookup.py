@@ -19,6 +19,7 @@ from vistower.errors import (
     OptionError,
     ProcessorConfigError,
 )
+from vistower.printable import printable
 
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)*(?:@.+)?/?")
 """An id, a subfolder and, after @, a revision; a trailing slash does not matter."""
@@ -62,8 +63,10 @@ def cache_path(model: str, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if is_directory(path):
         absolute = path.resolve()
-        digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
-        return cache_directory() / f"local--{absolute.name}--{digest}"
+        digest = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:12]
+        # What a file system or a terminal cannot show, or is too long for both, is in the digest.
+        name = os.fsencode(absolute.name)[:_LONGEST_ID].decode("utf-8", "ignore")
+        return cache_directory() / f"local--{printable(name)[:_LONGEST_ID]}--{digest}"
     if revision is not None:
         model = f"{model}@{revision}"
     return cache_directory() / model.strip("/").replace("/", "--")
