@@ -78,7 +78,7 @@ def mutate(bundle: Path, number: int) -> str:
 def use(bundle: Path, picture: Any, *, verify: bool = True) -> None:
     """Everything that reads a bundle."""
     loaded = Bundle.load(bundle)
-    encoder = VisionEncoder.open(bundle, device="cpu", graph=_some_graph(loaded))
+    encoder = VisionEncoder.open(bundle, device="cpu", threads=1, graph=_some_graph(loaded))
     embeddings = encoder.encode(picture)
     if not np.isfinite(embeddings.patches).all():
         raise AssertionError("tokens that are not finite")
