@@ -8,6 +8,7 @@ runtime's tests run in an environment without any of the three.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vistower_export.towers import TowerFamily
 
 PREPARED = "VISTOWER_TEST_MODELS"
+RELEASED_CLIP = "CLIPImageProcessor"
 
 # optimum-onnx needs transformers 4.57: scripts/test runs its test in that environment.
 collect_ignore = [] if importlib.util.find_spec("optimum") else ["test_optimum.py"]
@@ -109,6 +111,24 @@ def prepare(folder: Path) -> None:
         tiny_bundle(checkpoint, folder / "bundles" / name)
 
 
+def prepare_scaled(folder: Path) -> None:
+    """Write checkpoints for scores, which need features that differ, and their bundles.
+
+    CLIP's processor is named as the released repositories name it: transformers decides what that
+    is.
+    """
+    from vistower_export.towers import CLIP, DINOV3
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "scaled": True}
+    for name, family in (("scaled-clip", CLIP), ("scaled-dinov3", DINOV3)):
+        checkpoint = tiny_checkpoint(folder / "checkpoints" / name, family, **sizes)
+        if family is CLIP:
+            config = checkpoint / "preprocessor_config.json"
+            released = json.loads(config.read_text()) | {"image_processor_type": RELEASED_CLIP}
+            config.write_text(json.dumps(released))
+        tiny_bundle(checkpoint, folder / "bundles" / name)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny ``checkpoints`` and their ``bundles``."""
@@ -116,6 +136,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(os.environ[PREPARED])
     folder = tmp_path_factory.mktemp("models")
     prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scaled_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare_scaled` writes."""
+    if PREPARED in os.environ:
+        return Path(os.environ[PREPARED])
+    folder = tmp_path_factory.mktemp("scaled")
+    prepare_scaled(folder)
     return folder
 
 
