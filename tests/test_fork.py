@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
@@ -144,6 +145,108 @@ for thread in threads:
 """
     lines = run(script, request.getfixturevalue(bundle))
     assert lines == ["((4, 3, 224, 224), (4, 64))"] * 8
+
+
+def test_a_fork_waits_for_the_imports_of_a_first_use(clip_bundle: Path, tmp_path: Path) -> None:
+    # Pillow imports what reads this one only when it comes.
+    Image.new("RGB", (30, 40), "red").save(tmp_path / "a.tif")
+    script = f"""
+from vistower import VisionEncoder
+def use():
+    return shape(opened(1).encode({str(tmp_path / "a.tif")!r}))
+def parent(delay):
+    # A process that has not yet imported ONNX Runtime and the like, which its threads now do.
+    threads = [threading.Thread(target=use) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(delay)
+    said = child(use)
+    for thread in threads:
+        thread.join()
+    return said
+for delay in (0, 0.01, 0.03, 0.1, 0.2, 0.3):
+    print(child(lambda: parent(delay)))
+"""
+    assert run(script, clip_bundle) == ["(1, 64)"] * 6
+
+
+def test_what_has_threads_is_refused_in_a_child_and_made_anew(clip_bundle: Path) -> None:
+    script = """
+import asyncio, gc
+from vistower import CLIPMixin, DynamicBatcher, VisionEncoder
+encoder, mixin = opened(), CLIPMixin(model_path=BUNDLE, device="cpu")
+mixin.get_features(IMAGES[0])
+batcher, used = DynamicBatcher(encoder), DynamicBatcher(encoder)
+futures = [used.submit(image) for image in IMAGES]
+begun, fresh = encoder.encode_stream(IMAGES * 9, batch_size=2), encoder.encode_stream(IMAGES)
+next(begun)
+async def abegun():
+    stream = encoder.aencode_stream(IMAGES * 9, batch_size=2)
+    await anext(stream)
+    # Not by sys.exit: both processes would close the event loop's one selector.
+    print(child(lambda: stream.asend(None).send(None), os._exit))
+asyncio.run(abegun())
+for use in (
+    lambda: next(begun),
+    lambda: list(fresh),
+    lambda: batcher.encode(IMAGES[0]),
+    lambda: batcher.submit(IMAGES[0]),
+    lambda: used.encode(IMAGES[0]),
+    lambda: used.submit(IMAGES[0]),
+    lambda: asyncio.run(used.aencode(IMAGES[0])),
+    lambda: mixin.get_features(IMAGES[1]),
+    lambda: mixin.get_cls_feature(IMAGES[2]),
+):
+    print(child(use))
+def end():
+    global begun, fresh, batcher, used, futures
+    used.close()
+    begun.close()
+    with batcher:
+        begun = fresh = batcher = used = futures = None
+    gc.collect()
+print(child(end))
+def anew():
+    global encoder, mixin
+    encoder, mixin = opened(), CLIPMixin(model_path=BUNDLE, device="cpu")
+    with DynamicBatcher(encoder) as batcher:
+        shapes = [shape(batcher.encode(IMAGES[0])), shape(batcher.submit(IMAGES[0]).result())]
+    streamed = list(encoder.encode_stream(IMAGES, batch_size=2))
+    return shapes, len(streamed), mixin.get_features(IMAGES[0]).shape
+print(child(anew))
+print(len([future.result() for future in futures]), len(list(begun)), len(list(fresh)))
+batcher.close()
+used.close()
+"""
+    lines = run(script, clip_bundle, VISTOWER_OUTPUT="numpy")
+    made = ["stream", "stream", "encoder", *["batcher"] * 5, "encoder", "encoder"]
+    for line, what in zip(lines[:10], made, strict=True):
+        assert line.startswith(f"InferenceError: This {what} was made before")
+    assert lines[10:] == ["None", "([(1, 64), (1, 64)], 4, (49, 64))", "4 35 4"]
+
+
+def test_a_forked_worker_may_exit_while_it_works(clip_bundle: Path) -> None:
+    script = """
+from vistower import DynamicBatcher, VisionEncoder
+encoder = opened()
+encoder.encode(IMAGES)
+def work():
+    global mine, batcher, stream
+    mine = opened()
+    batcher = DynamicBatcher(mine)
+    for image in IMAGES:
+        batcher.submit(image)
+    stream = mine.encode_stream(IMAGES * 99, batch_size=2)
+    next(stream)
+    def forever():
+        while True:
+            mine.encode(IMAGES)
+    threading.Thread(target=forever, daemon=True).start()
+    time.sleep(0.2)
+print(child(work))
+print(child(work, os._exit))
+"""
+    assert run(script, clip_bundle) == ["None", "None"]
 
 
 def test_workers_of_multiprocessing(clip_bundle: Path) -> None:

@@ -52,7 +52,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("vistower.errors")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    from vistower.forks import uncut  # Whoever imports this package alone needs none of it.
+
+    with uncut:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -41,6 +41,7 @@ from vistower.execution.finite import FiniteGuard
 from vistower.execution.providers import SessionOptions
 from vistower.execution.replicas import Replicas
 from vistower.execution.session import Session
+from vistower.forks import uncut
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
 from vistower.preprocess.arrays import is_array, pictures_of
@@ -111,6 +112,7 @@ class VisionEncoder:
         self.processor: Preprocessor = bundle.preprocessor_at(graph.resolution, graph.pixels)
 
     @classmethod
+    @uncut
     @_once_more
     def open(
         cls,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vistower.errors import MissingExtraError
-from vistower.forks import exit_without_destructors, in_every_child
+from vistower.forks import exit_without_destructors, in_every_child, uncut
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -47,6 +47,7 @@ in_every_child(_begin_child)
 
 
 @lru_cache(maxsize=1)
+@uncut
 def onnxruntime() -> ModuleType:
     """ONNX Runtime, with the CUDA libraries of nvidia wheels loaded where it was built for CUDA.
 

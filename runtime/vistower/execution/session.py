@@ -29,7 +29,7 @@ from vistower.execution.ort import onnxruntime
 from vistower.execution.providers import Providers, SessionOptions
 from vistower.execution.workers import CallingThread, Worker, gpu_worker
 from vistower.foreign import foreign_code
-from vistower.forks import Process, kept_in_children
+from vistower.forks import Process, kept_in_children, uncut
 from vistower.output import DeviceArray
 from vistower.threads import available_cpus
 
@@ -104,7 +104,7 @@ class Session:
         elif self.options.buckets:
             self._worker = CallingThread()
         loading = Loading(self.graph, self._of, self.device, self.options, self.threads, asked)
-        with foreign_code:
+        with foreign_code, uncut:
             loaded = loading.load(self._worker)
         self._session, self.placement = loaded.session, loaded.placement
         self._source, self._target = loaded.source, loaded.target

@@ -16,6 +16,7 @@ from typing import IO, Any, TypeAlias, TypeGuard, TypeVar
 from PIL import Image, ImageOps
 
 from vistower.errors import ImageDecodeError
+from vistower.forks import uncut
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Encoded: TypeAlias = str | os.PathLike[str] | Bytes | IO[bytes]
@@ -97,10 +98,11 @@ def open_image(source: Encoded, draft: int | None = None) -> Image.Image:
 def _decoded(file: str | bytes, draft: int | None) -> Image.Image:
     # Pillow leaves a path's file open where reading it fails.
     binary = io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")  # noqa: PTH123, SIM115
-    with binary, Image.open(binary) as image:
+    with binary, _opened(binary) as image:
         if draft is not None:
             image.draft(None, (draft, draft))
-        ImageOps.exif_transpose(image, in_place=True)
+        with uncut:
+            ImageOps.exif_transpose(image, in_place=True)
         image.load()
         if image.mode == "RGB":
             return image
@@ -108,6 +110,12 @@ def _decoded(file: str | bytes, draft: int | None) -> Image.Image:
             # The same pixels, but Pillow warns of the direct way.
             return image.convert("RGBA").convert("RGB")
         return image.convert("RGB")
+
+
+@uncut
+def _opened(binary: IO[bytes]) -> Image.Image:
+    # Imports what formats need, as reading EXIF does.
+    return Image.open(binary)
 
 
 def tolerating_warnings(decode: Callable[[], T]) -> T:

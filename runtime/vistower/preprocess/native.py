@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vistower.foreign import foreign_code
-from vistower.forks import in_every_child, never_free
+from vistower.forks import in_every_child, never_free, uncut
 from vistower.preprocess.resize import Filter
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _MAX_WASTE = 4
 
 
 @lru_cache(maxsize=1)
+@uncut
 def library() -> ModuleType | None:
     """The library, or None where it is missing or does not know this Pillow."""
     try:
