@@ -10,7 +10,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from vistower.preprocess.frame import Frame
-from vistower.preprocess.images import pixel_view
 from vistower.preprocess.resize import Filter, nearest, resize_float
 from vistower.preprocess.scaling import Array, Scaling
 
@@ -27,19 +26,19 @@ class RescaledFloats:
 
     def write(self, picture: Image.Image | npt.NDArray[Any], frame: Frame, out: Array) -> None:
         """Write the pixel values (3, H, W) of a picture's frame."""
-        pixels = pixel_view(picture) if isinstance(picture, Image.Image) else picture
+        one_channel = isinstance(picture, Image.Image) and len(picture.getbands()) == 1
         size, window = frame.size, frame.window
         scale, offset = (
             np.asarray(values, np.float32)[:, None, None]
             for values in self.scaling.scale_and_offset
         )
         if self.resample == "nearest":
-            levels = nearest(pixels, size, window)[: 3 if pixels.shape[2] >= 3 else 1]
+            levels = nearest(picture, size, window)[: 1 if one_channel else 3]
             np.multiply(levels, scale, out=out, dtype=np.float32, casting="unsafe")
-        elif pixels.shape[2] == 1:
-            resize_float(pixels, np.ones(1, np.float32), size, window, self.resample, out[:1])
+        elif one_channel:
+            resize_float(picture, np.ones(1, np.float32), size, window, self.resample, out[:1])
             np.multiply(out[:1], scale, out=out)
         else:
-            resize_float(pixels, scale[:, 0, 0], size, window, self.resample, out)
+            resize_float(picture, scale[:, 0, 0], size, window, self.resample, out)
         if self.scaling.mean is not None:
             out += offset

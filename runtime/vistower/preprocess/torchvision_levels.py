@@ -12,9 +12,11 @@ from PIL import Image
 from vistower.lazy import cached_property
 from vistower.preprocess import native
 from vistower.preprocess.frame import Frame
-from vistower.preprocess.images import pixel_view
 from vistower.preprocess.resize import Filter, nearest, resize
 from vistower.preprocess.scaling import Array, Scaling
+
+_COPIED = 1 << 27
+"""Bytes of an array that is copied into a PIL image for the library: 128 MB."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,17 @@ class TorchvisionLevels:
 
     def levels(self, picture: Image.Image | npt.NDArray[np.uint8], frame: Frame) -> Any:
         """The frame of a picture, (1, 3 or 4, H, W), levels 0..255 of any dtype."""
+        size, window = frame.size, frame.window
         if self.resample == "nearest":
-            array = pixel_view(picture) if isinstance(picture, Image.Image) else picture
-            return nearest(array, frame.size, frame.window)
-        if not isinstance(picture, Image.Image):
-            if not native.can_resize(picture.shape, frame.size, frame.window):
-                return resize(picture, frame.size, frame.window, self.resample)
-            picture = Image.fromarray(picture)
-        if picture.mode == "RGB" and native.can_resize(
-            (picture.height, picture.width), frame.size, frame.window
-        ):
-            resized = native.resize(picture, frame.size, frame.window, self.resample)
-            return pixel_view(resized).transpose(2, 0, 1)
-        pixels = pixel_view(picture)[:, :, :3]
-        return resize(pixels.astype(np.uint8, copy=False), frame.size, frame.window, self.resample)
+            return nearest(picture, size, window)
+        if isinstance(picture, Image.Image):
+            shape, fits = (picture.height, picture.width), picture.mode == "RGB"
+        else:
+            shape, fits = (picture.shape[0], picture.shape[1]), picture.nbytes <= _COPIED
+        if fits and native.can_resize(shape, size, window):
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            return native.resize(image, size, window, self.resample).transpose(2, 0, 1)
+        return resize(picture, size, window, self.resample)
 
     def write(self, planes: npt.NDArray[Any], out: Array) -> None:
         """Rescale and normalize levels (3, H, W)."""
