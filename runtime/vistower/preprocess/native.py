@@ -99,7 +99,7 @@ def resize(
     if (top, bottom) != (0, image.height):
         image = image.crop((0, top, image.width, bottom))
     levels = pixel_view(image)
-    if image in taken[-1:]:
+    if taken and image is taken[-1]:
         levels = levels.copy()
     for result in taken:
         _results.give(result.size, result, 4 * result.width * result.height)

@@ -27,8 +27,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from vistower.preprocess.blocks import Blocks
+from vistower.preprocess.filters import Filter, Float
 from vistower.preprocess.kept import Scratch
-from vistower.preprocess.weights import Axis, Filter, Float, axis
+from vistower.preprocess.weights import Axis, axis
 
 __all__ = ["Filter", "nearest", "resize", "resize_float"]
 

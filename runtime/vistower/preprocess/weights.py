@@ -8,19 +8,17 @@ computed in pieces each time.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from vistower.preprocess.filters import FILTERS, Filter, Float
 from vistower.preprocess.kept import Cache
 
 Arithmetic = Literal["torchvision", "pillow", "float"]
-Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-Float = npt.NDArray[np.floating[Any]]
 
 _KEPT_AXES = 1 << 25
 """Bytes of weights kept for the next picture of the same size: 32 MB."""
@@ -43,60 +41,6 @@ outputs, whose sums differ with the phase, weights vary by less than 1 %."""
 
 _EXACT_FLOAT32 = float(1 << 24)
 """Integers up to here are exact in float32, whatever the order of the additions."""
-
-
-def _box(x: Float) -> Float:
-    value: Float = ((x > -0.5) & (x <= 0.5)).astype(x.dtype)
-    return value
-
-
-def _hamming(x: Float) -> Float:
-    """The sinc function in a Hamming window, whose constants Pillow writes in float32."""
-    window = np.float64(np.float32(0.54)) + np.float64(np.float32(0.46)) * np.cos(x * np.pi)
-    value: Float = np.where(np.abs(x) < 1, np.sinc(x) * window, 0)
-    return np.where(x == 0, 1, value)
-
-
-def _bilinear(x: Float) -> Float:
-    np.abs(x, out=x)
-    np.subtract(1, x, out=x)
-    return np.maximum(x, 0, out=x)
-
-
-def _bicubic(x: Float) -> Float:
-    """Keys' cubic with a = -0.5, as ATen's antialiasing and Pillow use it."""
-    np.abs(x, out=x)
-    inner = 1.5 * x
-    inner -= 2.5
-    inner *= x
-    inner *= x
-    inner += 1
-    outer = x - 5
-    outer *= x
-    outer += 8
-    outer *= x
-    outer -= 4
-    outer *= -0.5
-    np.copyto(outer, inner, where=x < 1)
-    np.copyto(outer, 0, where=x >= 2)
-    return outer
-
-
-def _lanczos(x: Float) -> Float:
-    """The sinc function, windowed by its own central lobe stretched to three."""
-    value: Float = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
-    return value
-
-
-_FILTERS: dict[Filter, tuple[Callable[[Float], Float], float]] = {
-    "box": (_box, 0.5),
-    "hamming": (_hamming, 1.0),
-    "lanczos": (_lanczos, 3.0),
-    "bilinear": (_bilinear, 1.0),
-    "bicubic": (_bicubic, 2.0),
-}
-"""Filter, which may overwrite its argument, and its radius at scale 1. torchvision has no
-antialiased box and hamming."""
 
 
 class Piece(NamedTuple):
@@ -254,7 +198,7 @@ class _Sampling:
     def __init__(self, size: int, target: int, kind: Filter, arithmetic: Arithmetic) -> None:
         self.size = size
         self.target = target
-        self.function, radius = _FILTERS[kind]
+        self.function, radius = FILTERS[kind]
         self.real: Any = np.float32 if arithmetic == "float" else np.float64
         # Pillow hands the size to its resize in a box of float32.
         length = np.float32(size) if arithmetic == "pillow" else size
@@ -352,7 +296,7 @@ def aten_precision(size: int, target: int, kind: Filter) -> int:
         return _ATEN_UPSCALING_PRECISION
     sampling = _Sampling(size, target, kind, "torchvision")
     windows = [(at, min(at + _EVALUATED, target)) for at in range(0, target, _EVALUATED)]
-    edge = int(_FILTERS[kind][1]) + 1
+    edge = int(FILTERS[kind][1]) + 1
     if sampling.scale >= _EDGES_DECIDE and target > 2 * edge:
         windows = [(0, edge), (target - edge, target)]
     largest = 0.0
