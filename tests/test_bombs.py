@@ -180,12 +180,23 @@ def test_an_axis_too_long_to_keep_its_weights(
     agrees(name, size, {"size": {"height": edge, "width": edge}, "do_center_crop": False})
 
 
-def test_pillow_rounds_the_width_of_a_stripe_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("width", "target", "resample"),
+    [
+        # A width that its resize rounds to float32.
+        pytest.param(20_000_001, 10_000_000, 2, id="float32"),
+        # Outputs between two inputs: the roundings of all sums before decide.
+        pytest.param(20_000, 30_000, 0, id="nearest-3:2"),
+        pytest.param(70_000, 90_000, 0, id="nearest-9:7"),
+    ],
+)
+def test_a_window_of_a_stripe_as_pillow_rounds(
+    width: int, target: int, resample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pillow_levels, "_SMALL", 0)
-    size = {"height": 1, "width": 51}
-    for resample in (0, 4):
-        change = {"size": size, "do_center_crop": False, "resample": resample}
-        agrees("clip-pil", (20_000_001, 1), change)
+    monkeypatch.setattr(pillow_levels, "_COEFFICIENTS", 1000)
+    change = {"size": {"height": 1, "width": target}, "crop_size": {"height": 1, "width": 51}}
+    agrees("clip-pil", (width, 1), change | {"resample": resample})
 
 
 def agrees(name: str, size: tuple[int, int], change: dict[str, Any]) -> None:
