@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from vistower.preprocess.convert import Picture
 from vistower.preprocess.frame import Frame
-from vistower.preprocess.images import pixel_view
 from vistower.preprocess.resize import Filter, nearest, resize_float
 from vistower.preprocess.scaling import Array, Scaling
 
@@ -25,7 +25,10 @@ class DINOv3Arithmetic:
 
     def write(self, picture: Picture, frame: Frame, out: Array) -> None:
         """Write the pixel values (3, H, W) of a picture's frame."""
-        pixels = pixel_view(picture)
+        if isinstance(picture, Image.Image):
+            one_channel = len(picture.getbands()) == 1
+        else:
+            one_channel = picture.shape[2] < 3
         size, window = frame.size, frame.window
         scale, offset = (
             np.asarray(values, np.float32)[:, None, None]
@@ -37,12 +40,12 @@ class DINOv3Arithmetic:
             top, left, bottom, right = frame.padding
             inside = out[:, top : out.shape[1] - bottom, left : out.shape[2] - right]
         if self.resample == "nearest":
-            levels = nearest(pixels, size, window)[: 3 if pixels.shape[2] >= 3 else 1]
+            levels = nearest(picture, size, window)[: 1 if one_channel else 3]
             np.multiply(levels, scale, out=inside, dtype=np.float32, casting="unsafe")
-        elif pixels.shape[2] == 1:
-            resize_float(pixels, np.ones(1, np.float32), size, window, self.resample, inside[:1])
+        elif one_channel:
+            resize_float(picture, np.ones(1, np.float32), size, window, self.resample, inside[:1])
             np.multiply(inside[:1], scale, out=inside)
         else:
-            resize_float(pixels, scale[:, 0, 0], size, window, self.resample, inside)
+            resize_float(picture, scale[:, 0, 0], size, window, self.resample, inside)
         if self.scaling.mean is not None:
             out += offset

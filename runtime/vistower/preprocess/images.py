@@ -80,29 +80,38 @@ class _Memory:
         }  # fmt: skip
 
 
-def pixel_view(image: Image.Image | npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The pixels of a PIL image: (H, W, 4) uint8 for RGB, the fourth without meaning, where
-    Pillow can lend its memory (Arrow's C interface, images up to 16 MB); else as an array of the
-    image is, with an axis of channels. An array is its own pixels.
+def lent_pixels(image: Image.Image) -> npt.NDArray[np.uint8] | None:
+    """The pixels of an RGB image, (H, W, 4) uint8, the fourth without meaning, where Pillow can
+    lend its memory (Arrow's C interface, images up to 16 MB); else None.
 
     Packing RGB into 3 bytes costs a copy, and more than the resize in page faults.
     """
+    if (
+        image.mode != "RGB"
+        or not hasattr(image, "__arrow_c_array__")
+        or "PILLOW_ALIGNMENT" in os.environ
+    ):
+        return None
+    try:
+        _, capsule = image.__arrow_c_array__()
+    except ValueError:  # More than one block of memory.
+        return None
+    address = _capsule_pointer(capsule, b"arrow_array")
+    values = _ArrowArray.from_address(cast("int", address)).children[0].contents
+    shape = (image.height, image.width, 4)
+    if values.length != math.prod(shape) or values.offset:
+        return None
+    return np.asarray(_Memory(capsule, values.buffers[1], shape))
+
+
+def pixel_view(image: Image.Image | npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The pixels of a PIL image: lent, (H, W, 4) uint8, or else as an array of the image is, with
+    an axis of channels. An array is its own pixels.
+    """
     if isinstance(image, np.ndarray):
         return image
-    if (
-        image.mode == "RGB"
-        and hasattr(image, "__arrow_c_array__")
-        and "PILLOW_ALIGNMENT" not in os.environ
-    ):
-        try:
-            _, capsule = image.__arrow_c_array__()
-        except ValueError:  # More than one block of memory.
-            pass
-        else:
-            address = _capsule_pointer(capsule, b"arrow_array")
-            values = _ArrowArray.from_address(cast("int", address)).children[0].contents
-            shape = (image.height, image.width, 4)
-            if values.length == math.prod(shape) and values.offset == 0:
-                return np.asarray(_Memory(capsule, values.buffers[1], shape))
+    lent = lent_pixels(image)
+    if lent is not None:
+        return lent
     array = np.asarray(image)
     return array if array.ndim == 3 else array[:, :, None]

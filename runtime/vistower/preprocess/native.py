@@ -15,10 +15,14 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from vistower.foreign import foreign_code
 from vistower.forks import in_every_child, never_free, uncut
+from vistower.preprocess.images import pixel_view
+from vistower.preprocess.kept import Pool
 from vistower.preprocess.resize import Filter
 
 if TYPE_CHECKING:
@@ -32,6 +36,12 @@ _MAX_SCALE = 64
 
 _MAX_WASTE = 4
 """Pixels computed for one that is kept; beyond, computing the window alone costs less."""
+
+_MAX_BETWEEN = 1 << 20
+"""Pixels of the picture between the two axes where it is larger than the picture itself."""
+
+_results: Pool[Image.Image] = Pool(1 << 25)
+"""Fresh memory costs page faults: about as much as the resize. 32 MB are kept."""
 
 
 @lru_cache(maxsize=1)
@@ -62,6 +72,7 @@ def can_resize(
         and shape[1] <= _MAX_SCALE * size[1]
         and size[0] <= _MAX_WASTE * (bottom - top)
         and size[1] <= _MAX_WASTE * (right - left)
+        and size[1] * shape[0] <= max(_MAX_BETWEEN, shape[0] * shape[1])
     )
 
 
@@ -70,19 +81,30 @@ def resize(
     size: tuple[int, int],
     window: tuple[int, int, int, int],
     kind: Filter,
-) -> Image.Image:
-    """The window of a resized RGB image; the result is overwritten by this thread's next call."""
+) -> npt.NDArray[np.uint8]:
+    """The window of a resized RGB image, (h, w, 3 or 4), of which three channels have a meaning."""
     tools = _tools()
     top, left, bottom, right = window
+    taken: list[Image.Image] = []
+
+    def pass_(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        taken.append(_results.take(size) or Image.new("RGB", size))
+        return tools.pass_(image, taken[-1], kind)
+
     if image.width != size[1]:
-        image = tools.pass_(image, (size[1], image.height), kind, "across")
+        image = pass_(image, (size[1], image.height))
     if (left, right) != (0, image.width):
         image = image.crop((left, 0, right, image.height))
     if image.height != size[0]:
-        image = tools.pass_(image, (image.width, size[0]), kind, "down")
+        image = pass_(image, (image.width, size[0]))
     if (top, bottom) != (0, image.height):
         image = image.crop((0, top, image.width, bottom))
-    return image
+    levels = pixel_view(image)
+    if taken and image is taken[-1]:
+        levels = levels.copy()
+    for result in taken:
+        _results.give(result.size, result, 4 * result.width * result.height)
+    return levels
 
 
 class _Tools:
@@ -104,21 +126,11 @@ class _Tools:
             for kind, filter_ in filters.items()
         }
         self._resizer = module.Resizer()
-        self._results: dict[str, Image.Image] = {}
 
-    def pass_(
-        self, image: Image.Image, size: tuple[int, int], kind: Filter, axis: str
-    ) -> Image.Image:
-        result = self._results.get(axis)
-        # Fresh memory costs page faults: about as much as the resize.
-        if result is None or result.size != size:
-            result = self._results[axis] = Image.new("RGB", size)
+    def pass_(self, image: Image.Image, result: Image.Image, kind: Filter) -> Image.Image:
         with foreign_code:
             self._resizer.resize_pil(image, result, self._options[kind])
         return result
-
-    def forget_results(self) -> None:
-        self._results.clear()
 
 
 class _Lease:
@@ -133,7 +145,6 @@ class _Lease:
         self._idle = idle
 
     def __del__(self) -> None:
-        self.tools.forget_results()
         self._idle.append(self.tools)
 
 

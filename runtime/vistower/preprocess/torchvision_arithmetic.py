@@ -12,9 +12,11 @@ from PIL import Image
 from vistower.preprocess import native
 from vistower.preprocess.convert import Picture
 from vistower.preprocess.frame import Frame
-from vistower.preprocess.images import pixel_view
 from vistower.preprocess.resize import Filter, nearest, resize, resize_float
 from vistower.preprocess.scaling import Array, Scaling
+
+_COPIED = 1 << 27
+"""Bytes of an array that is copied into a PIL image for the library: 128 MB."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,16 @@ class TorchvisionArithmetic:
         """The window of a uint8 picture, (3 or 1, h, w), levels 0..255 of any real dtype."""
         size, window = frame.size, frame.window
         if self.resample == "nearest":
-            return nearest(pixel_view(picture), size, window)[:3]
-        if isinstance(picture, np.ndarray) and picture.shape[2] == 3:
-            if not native.can_resize(picture.shape, size, window):
-                return resize(picture, size, window, self.resample)
-            picture = Image.fromarray(picture)
-        if isinstance(picture, Image.Image) and native.can_resize(
-            (picture.height, picture.width), size, window
-        ):
-            resized = native.resize(picture, size, window, self.resample)
-            return pixel_view(resized).transpose(2, 0, 1)[:3]
-        return resize(pixel_view(picture)[:, :, :3], size, window, self.resample)
+            return nearest(picture, size, window)[:3]
+        if isinstance(picture, Image.Image):
+            shape, fits = (picture.height, picture.width), picture.mode == "RGB"
+        else:
+            shape = picture.shape[0], picture.shape[1]
+            fits = picture.shape[2] == 3 and picture.nbytes <= _COPIED
+        if fits and native.can_resize(shape, size, window):
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            return native.resize(image, size, window, self.resample).transpose(2, 0, 1)[:3]
+        return resize(picture, size, window, self.resample)[:3]
 
     def _floats(self, picture: npt.NDArray[Any], frame: Frame) -> npt.NDArray[Any]:
         top, left, bottom, right = frame.window
