@@ -67,8 +67,8 @@ def cases() -> list[tuple[Image.Image, Image.Image, list[tuple[int, int, int, in
 
 def main() -> None:
     rows = [
-        "| score | model | processor | scores | largest relative difference |",
-        "|---|---|---|---:|---:|",
+        "| score | model | processor | scores | from, to | largest difference | relative |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     between: dict[str, list[float]] = defaultdict(list)
     originals: dict[tuple[str, str], list[float]] = {}
@@ -95,8 +95,13 @@ def main() -> None:
                         for mode in MODES
                     ]
                     worst = max(abs(have - want) / abs(want) for have, want in pairs)
+                    apart = max(abs(have - want) for have, want in pairs)
+                    low, high = min(want for _, want in pairs), max(want for _, want in pairs)
                     originals[score, backend] = [want for _, want in pairs]
-                    rows.append(f"| {score} | {name} | {backend} | {len(pairs)} | {worst:.1e} |")
+                    rows.append(
+                        f"| {score} | {name} | {backend} | {len(pairs)} | {low:.3g}, {high:.3g} | "
+                        f"{apart:.1e} | {worst:.1e} |"
+                    )
                     print(rows[-1], flush=True)
     for score, (pipe, _) in SCORES.items():
         if pipe is clip_pipe:
@@ -104,11 +109,11 @@ def main() -> None:
                 originals[score, "torchvision"], originals[score, "pil"], strict=True
             ):
                 between[score].append(abs(one - two) / abs(two))
-    apart = [f"| {score} | {max(found):.1e} |" for score, found in between.items()]
+    others = [f"| {score} | {max(found):.1e} |" for score, found in between.items()]
     releases = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime")
     )
-    text = HEAD.format(releases=releases) + "\n".join(rows) + BETWEEN + "\n".join(apart) + "\n"
+    text = HEAD.format(releases=releases) + "\n".join(rows) + BETWEEN + "\n".join(others) + "\n"
     (ROOT / "docs" / "scores.md").write_text(text, encoding="utf-8")
 
 
