@@ -88,9 +88,10 @@ def tiny_checkpoint(
             else:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(directory)
-    names = next(iter(family.processors.values()))
-    major = int(transformers.__version__.split(".")[0])
-    getattr(transformers, names.v5 if major >= 5 else names.v4)().save_pretrained(directory)
+    processor = "CLIPImageProcessor" if family is CLIP else "DINOv3ViTImageProcessor"
+    # 4.57's name of the torchvision one.
+    ending = "" if int(transformers.__version__.split(".")[0]) >= 5 else "Fast"
+    getattr(transformers, processor + ending)().save_pretrained(directory)
     return directory
 
 

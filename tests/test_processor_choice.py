@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers.image_utils import load_image
 
 from command_line import run
 from hub_server import HubServer, Repo
+from processors import EVERY, MAJOR, expected, reference, reproduced
 from test_source import TOWER, User
 from vistower.bundle import Bundle
 from vistower.errors import (
@@ -29,6 +32,7 @@ from vistower.errors import (
     ParityError,
     ProcessorConfigError,
 )
+from vistower.preprocess.classes import CLASSES
 from vistower.preprocess.processor import Preprocessor
 from vistower_export import reference as hf
 from vistower_export.pictures import SAMPLES, write_hard_pictures
@@ -39,7 +43,6 @@ from vistower_export.steps import export_bundle
 # Pillow says so wherever such a picture becomes RGB.
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 
-MAJOR = int(transformers.__version__.split(".")[0])
 OPEN_MEAN = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.27, 0.26, 0.28]}
 SIDE = {"height": 224, "width": 224}
 NESTED = {"image_processor_type": "CLIPImageProcessorFast", **OPEN_MEAN}
@@ -122,6 +125,30 @@ def test_the_files_are_read_as_transformers_reads_them(
     require_reference(checkpoint, export(checkpoint, tmp_path / "bundle"), pictures)
 
 
+def sized(name: str) -> dict[str, Any]:
+    """Options by which a class gives 224 x 224."""
+    if name == "ConvNextImageProcessor":
+        return {"size": {"shortest_edge": 224}}
+    return {"size": SIDE, "crop_size": SIDE}
+
+
+@pytest.mark.parametrize("family", ["clip", "dinov3"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_checkpoint_exports_with_the_processor_its_file_names(
+    family: str,
+    name: str,
+    request: pytest.FixtureRequest,
+    pictures: tuple[Path, ...],
+    tmp_path: Path,
+) -> None:
+    if MAJOR < 5 and name == "DINOv3ViTImageProcessor":
+        name = "DINOv3ViTImageProcessorFast"
+    source = request.getfixturevalue(f"{family}_checkpoint")
+    files = {"preprocessor_config": {"image_processor_type": name, **sized(name)}}
+    checkpoint = with_files(source, tmp_path / "checkpoint", **files)
+    require_reference(checkpoint, export(checkpoint, tmp_path / "bundle"), pictures)
+
+
 OWN_CODE = """
 from pathlib import Path
 Path(__file__).with_name("executed").touch()
@@ -178,12 +205,10 @@ def test_an_unknown_processor_of_transformers_is_refused_by_its_class(
         export(checkpoint, tmp_path / "bundle")
 
 
-CLASSES = ("CLIPImageProcessor", "DINOv3ViTImageProcessor")
-"""Reproduced to the tolerance."""
-
-
 @pytest.mark.parametrize("family", ["clip", "dinov3"])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name", ["CLIPImageProcessor", "ConvNextImageProcessor", "DINOv3ViTImageProcessor"]
+)
 @pytest.mark.parametrize("ending", ["", "Fast", "Pil"])
 @pytest.mark.parametrize("backend", [None, "torchvision", "pil"])
 def test_the_backend_is_transformers_choice_or_the_one_asked_for(
@@ -283,105 +308,136 @@ def test_when_auto_processor_agrees(name: str, clip_checkpoint: Path, tmp_path: 
         assert type(hf.load_processor(checkpoint, "pil")) is type(found)
 
 
-def loaded(name: str, backend: str, directory: Path, **options: Any) -> Any:
-    """transformers' processor of a class and backend, with the options of a file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {"image_processor_type": name, **options}
-    (directory / "preprocessor_config.json").write_text(json.dumps(content))
-    (directory / "config.json").write_text('{"model_type": "clip"}')
-    return hf.load_processor(directory, backend)
-
-
-def reproduced(processor: Any, **changes: Any) -> Preprocessor:
-    return Preprocessor.from_config(
-        hf.processor_config(processor) | changes,
-        backend=hf.processor_backend(processor),
-        transparency=hf.transparency(processor),
-    )
-
-
-KNOWN = [
-    ("CLIPImageProcessor", "torchvision"),
-    ("CLIPImageProcessor", "pil"),
-    ("DINOv3ViTImageProcessor", "torchvision"),
-]
-"""Every class and backend that is reproduced."""
-
+SHARED = {"resample": 3, "rescale_factor": 1 / 255, "do_convert_rgb": True, **OPEN_MEAN}
 SIZES: list[dict[str, Any]] = [
     {"size": SIDE, "crop_size": SIDE},
     {"size": {"shortest_edge": 224}, "crop_size": SIDE, "do_center_crop": True},
     {"size": {"shortest_edge": 256}, "crop_size": SIDE, "do_center_crop": True},
+    {"size": {"shortest_edge": 224}},
 ]
 
 
-@pytest.mark.parametrize("known", KNOWN, ids="-".join)
+Processor = tuple[str, str, str, Any, Preprocessor, list[np.ndarray | None]]
+
+
+@pytest.fixture(scope="module")
+def every_processor(pictures: tuple[Path, ...]) -> list[Processor]:
+    """Every class and backend with the same filter, mean and deviation, at 224 x 224:
+    class, backend, size, transformers' and ours, and what the first makes of pictures that the
+    gate does not have."""
+    unseen = [
+        Image.effect_noise((311, 203), 80).convert("RGB"),
+        Image.effect_noise((130, 250), 80),
+        Image.open(pictures[0]).resize((90, 90)).convert("RGBA"),
+    ]
+    unseen[2].putalpha(Image.linear_gradient("L").resize((90, 90)))
+    every = []
+    for name, backend in EVERY:
+        for size in SIZES:
+            with suppress(ProcessorConfigError, ValueError):
+                theirs = reference(name, backend, **SHARED, **size)
+                ours = reproduced(theirs)
+                if ours.output_size == (224, 224):
+                    every.append((name, backend, str(size), theirs, ours, seen(theirs, unseen)))
+    return every
+
+
+@pytest.mark.parametrize("known", EVERY, ids="-".join)
 def test_the_gate_refuses_every_other_processor(
-    known: tuple[str, str], pictures: tuple[Path, ...], tmp_path: Path
+    known: tuple[str, str], every_processor: list[Processor], pictures: tuple[Path, ...]
 ) -> None:
-    """With the same resample, mean and standard deviation, and the same sizes where they can."""
-    shared = {"resample": 3, "do_normalize": True, "do_rescale": True, **OPEN_MEAN}
-    unseen = Image.effect_noise((311, 203), 80).convert("RGB")
+    """Unless transformers itself makes the same of both: some classes differ in name alone."""
     told_apart = 0
-    for mine in SIZES:
-        reference = loaded(*known, tmp_path / "reference", **shared, **mine)
-        assert require_same_processor(reference, reproduced(reference), pictures) <= 1e-4
-        for other in KNOWN:
-            for theirs in SIZES:
-                wrong = loaded(*other, tmp_path / "other", **shared, **theirs)
-                made = [p(unseen, return_tensors="pt")["pixel_values"] for p in (reference, wrong)]
-                if made[0].shape == made[1].shape and (made[0] - made[1]).abs().max() <= 1e-4:
-                    # Two names for the same pixels.
-                    continue
+    for name, backend, size, theirs, ours, made in every_processor:
+        if (name, backend) != known:
+            continue
+        assert require_same_processor(theirs, ours, pictures) <= 1e-4
+        for _, _, other_size, _, wrong, made_by_other in every_processor:
+            comparable = size == other_size or name == "ConvNextImageProcessor"
+            if comparable and not same(made, made_by_other):
                 told_apart += 1
                 with pytest.raises(ParityError):
-                    require_same_processor(reference, reproduced(wrong), pictures)
-    assert told_apart >= len(KNOWN)
+                    require_same_processor(theirs, wrong, pictures)
+    assert told_apart >= 3
 
 
-@pytest.mark.parametrize("known", KNOWN, ids="-".join)
+def seen(processor: Any, images: list[Image.Image]) -> list[np.ndarray | None]:
+    """What a processor makes of images; None of those it does not take."""
+    made: list[np.ndarray | None] = []
+    for image in images:
+        try:
+            made.append(expected(processor, image))
+        except (RuntimeError, ValueError):
+            made.append(None)
+    return made
+
+
+def same(one: list[np.ndarray | None], other: list[np.ndarray | None]) -> bool:
+    return all(
+        (a is None and b is None)
+        or (a is not None and b is not None and a.shape == b.shape and np.abs(a - b).max() <= 1e-4)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def changed(processor: Any, **changes: Any) -> Preprocessor:
+    return Preprocessor.from_config(
+        hf.processor_config(processor) | changes,
+        backend=hf.processor_backend(processor),
+        transparency=hf.transparency(processor),
+        transformers=transformers.__version__,
+    )
+
+
+@pytest.mark.parametrize("known", EVERY, ids="-".join)
 def test_the_gate_refuses_every_other_option(
-    known: tuple[str, str], pictures: tuple[Path, ...], tmp_path: Path
+    known: tuple[str, str], pictures: tuple[Path, ...]
 ) -> None:
-    reference = loaded(*known, tmp_path)
-    config = hf.processor_config(reference)
+    processor = reference(*known, **SHARED, **sized(known[0]))
+    right = reproduced(processor)
     changes: list[dict[str, Any]] = [
         {"resample": 1},
-        {"resample": 5 - config["resample"]},
-        {"image_mean": [0.48, 0.46, 0.4]},
-        {"image_std": [0.27, 0.26, 0.27]},
+        {"resample": 2},
+        {"image_mean": [0.48, 0.45, 0.401]},
+        {"image_std": [0.27, 0.26, 0.281]},
         {"rescale_factor": 1 / 256},
+        {"rescale_offset": True},
+        {"include_top": False},
         {"do_normalize": False},
+        {"do_convert_rgb": False},
+        {"crop_pct": 0.8},
+        {"size": {"shortest_edge": 225}},
+        {"size": {"height": 225, "width": 224}},
+        {"do_center_crop": True, "size": {"shortest_edge": 224}},
+        {"do_center_crop": True, "size": {"height": 226, "width": 226}},
     ]
-    if MAJOR >= 5 or not config.get("do_convert_rgb"):
-        # 4.57 drops alpha: without the conversion such pictures are refused, not made otherwise.
-        changes.append({"do_convert_rgb": not config.get("do_convert_rgb")})
-    if "CLIP" in known[0]:
-        changes += [
-            {"size": {"shortest_edge": 225}},
-            {"size": {"height": 224, "width": 224}},
-            {"do_center_crop": False, "size": {"height": 224, "width": 224}},
-        ]
-    else:
-        changes += [
-            {"do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": SIDE},
-            {"do_center_crop": True, "size": {"height": 226, "width": 226}, "crop_size": SIDE},
-        ]
+    told_apart = 0
     for change in changes:
-        with pytest.raises(ParityError):
-            require_same_processor(reference, reproduced(reference, **change), pictures)
+        with suppress(ProcessorConfigError):
+            wrong = changed(processor, **change)
+            # Where a class has no such option, nothing changes.
+            if replace(wrong, processor=right.processor) == right or not has_size(wrong):
+                continue
+            told_apart += 1
+            with pytest.raises(ParityError):
+                require_same_processor(processor, wrong, pictures)
+    assert told_apart >= 6
 
 
-def test_the_gate_knows_what_becomes_of_alpha(pictures: tuple[Path, ...], tmp_path: Path) -> None:
-    reference = loaded("CLIPImageProcessor", "torchvision", tmp_path)
-    right = hf.transparency(reference)
+def has_size(preprocessor: Preprocessor) -> bool:
+    try:
+        return bool(preprocessor.output_size)
+    except ProcessorConfigError:
+        return False
+
+
+def test_the_gate_knows_what_becomes_of_alpha(pictures: tuple[Path, ...]) -> None:
+    processor = reference("CLIPImageProcessor")
+    right = hf.transparency(processor)
     assert right == ("white" if MAJOR >= 5 else "dropped")
-    wrong = Preprocessor.from_config(
-        hf.processor_config(reference),
-        backend="torchvision",
-        transparency="dropped" if right == "white" else "white",
-    )
+    wrong = replace(reproduced(processor), transparency="dropped" if right == "white" else "white")
     with pytest.raises(ParityError, match="as a PIL image of mode"):
-        require_same_processor(reference, wrong, pictures)
+        require_same_processor(processor, wrong, pictures)
 
 
 def test_the_command_line_names_class_backend_and_file(

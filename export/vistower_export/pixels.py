@@ -24,6 +24,8 @@ from vistower_export.parity import require_same_pixels
 Array = npt.NDArray[np.float32]
 
 _ORIENTATION = 0x0112
+_MAY_BE_REFUSED = frozenset({"1", "I;16"})
+"""Modes of which the runtime may refuse, by name, what the reference takes."""
 
 
 def require_same_processor(
@@ -34,7 +36,7 @@ def require_same_processor(
 ) -> float:
     """Compare what two processors make of picture files, and of the PIL images in them.
 
-    A picture that the reference does not take must be refused too; a mode other than RGB may be.
+    A picture that the reference does not take must be refused too, and, of eight bits, no other.
 
     Args:
         processor: the Hugging Face one.
@@ -59,7 +61,7 @@ def require_same_processor(
                 if isinstance(want, np.ndarray) and isinstance(have, np.ndarray):
                     worst = max(worst, require_same_pixels({name: want}, {name: have}))
                 elif isinstance(have, np.ndarray) or (
-                    isinstance(want, np.ndarray) and image.mode == "RGB"
+                    isinstance(want, np.ndarray) and image.mode not in _MAY_BE_REFUSED
                 ):
                     raise ParityError(
                         f"Of {name} {type(processor).__name__} makes {_said(want)}, and the NumPy "

@@ -24,6 +24,7 @@ from vistower.errors import (
     ProcessorConfigError,
     UnsupportedArchitectureError,
 )
+from vistower.preprocess.classes import plain_name
 from vistower.preprocess.processor import Backend, Transparency
 from vistower_export.files import CONFIG, read_json
 from vistower_export.towers import TowerFamily, family_of
@@ -228,12 +229,6 @@ def processor_config(processor: Any) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(processor.to_json_string())
     ending = "Fast" if processor_backend(processor) == "torchvision" else ""
     return config | {"image_processor_type": plain_name(type(processor).__name__) + ending}
-
-
-def plain_name(name: str) -> str:
-    """An image processor's class without what says its backend or its age."""
-    name = name.removesuffix("Fast").removesuffix("Pil")
-    return name.replace("FeatureExtractor", "ImageProcessor")
 
 
 def transparency(processor: Any) -> Transparency:

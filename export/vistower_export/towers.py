@@ -44,21 +44,12 @@ class LayerNames:
 
 
 @dataclass(frozen=True)
-class ProcessorNames:
-    """What transformers 5 and 4.57 call one and the same image processor class."""
-
-    v5: str
-    v4: str
-
-
-@dataclass(frozen=True)
 class TowerFamily:
     """A family of vision towers that share one Hugging Face class.
 
     Weight names are those of the class's state dict with any of ``strip_prefixes`` removed
-    (transformers 4 and 5 nest the same modules differently). ``processors`` maps a backend
-    (``torchvision``, ``pil``) to the image processor's class; the first one is the default.
-    ``refused_precisions`` maps a precision the tower cannot be had in to the reason.
+    (transformers 4 and 5 nest the same modules differently). ``refused_precisions`` maps a
+    precision the tower cannot be had in to the reason.
     """
 
     model_type: str
@@ -69,7 +60,6 @@ class TowerFamily:
     patch_embedding: str
     layers: str
     layer: LayerNames
-    processors: Mapping[str, ProcessorNames]
     register_tokens: str | None = None
     position_embedding: str | None = None
     rotary_module: str | None = None
@@ -89,10 +79,6 @@ CLIP = TowerFamily(
     position_embedding="embeddings.position_embedding.weight",
     norm_before="pre_layrnorm",
     pooler_norm="post_layernorm",
-    processors={
-        "torchvision": ProcessorNames(v5="CLIPImageProcessor", v4="CLIPImageProcessorFast"),
-        "pil": ProcessorNames(v5="CLIPImageProcessorPil", v4="CLIPImageProcessor"),
-    },
     layers="encoder.layers",
     layer=LayerNames(
         norm1="layer_norm1",
@@ -118,11 +104,6 @@ DINOV3 = TowerFamily(
     norm_after="norm",
     refused_precisions={
         "fp16": "its authors rule float16 out, because activations leave its range; use bf16"
-    },
-    processors={
-        "torchvision": ProcessorNames(
-            v5="DINOv3ViTImageProcessor", v4="DINOv3ViTImageProcessorFast"
-        ),
     },
     layers="layer",
     layer=LayerNames(

@@ -27,6 +27,7 @@ from vistower.errors import (
 from vistower.execution.cuda_problems import choose_device
 from vistower.execution.device import Device, DeviceLike
 from vistower.precision import can_run
+from vistower.preprocess.classes import plain_name
 from vistower.tolerance import TOLERANCES, Tolerance
 from vistower_export import reference as hf
 from vistower_export.files import check_files
@@ -81,7 +82,7 @@ def judge(
     check_files(checkpoint, f"Checkpoint directory {str(checkpoint)!r}")
     preprocessing = manifest.preprocessing
     processor = hf.load_processor(checkpoint, preprocessing.backend)
-    if hf.plain_name(type(processor).__name__) != hf.plain_name(preprocessing.processor):
+    if plain_name(type(processor).__name__) != plain_name(preprocessing.processor):
         raise CheckpointError(
             f"{bundle.directory} agrees with {preprocessing.processor}, but of {checkpoint} "
             f"transformers {transformers.__version__} makes {type(processor).__name__}. Give the "

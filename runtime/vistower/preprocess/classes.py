@@ -147,6 +147,12 @@ CLASSES: Mapping[str, ProcessorClass] = {
 """The classes by name."""
 
 
+def plain_name(name: str) -> str:
+    """A class's name without what says its backend or its age."""
+    name = name.removesuffix("Fast").removesuffix("Pil")
+    return name.replace("FeatureExtractor", "ImageProcessor")
+
+
 def class_and_backend(name: object, backend: str | None) -> tuple[ProcessorClass, Backend]:
     """The record of a class name in any spelling, and the backend asked for, or that of the name.
 
@@ -154,9 +160,7 @@ def class_and_backend(name: object, backend: str | None) -> tuple[ProcessorClass
         ProcessorConfigError: the class is not known, or has no such backend.
     """
     spelled = str(name)
-    plain = spelled.removesuffix("Fast").removesuffix("Pil")
-    plain = plain.replace("FeatureExtractor", "ImageProcessor")
-    record = CLASSES.get(plain)
+    record = CLASSES.get(plain_name(spelled))
     if record is None:
         raise ProcessorConfigError(
             f"image_processor_type={name!r} is not reproduced. Known: {', '.join(sorted(CLASSES))} "
