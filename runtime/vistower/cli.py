@@ -246,7 +246,7 @@ def embed(
     results = encoder.encode_stream(
         files, batch_size=batch_size, workers=workers, on_error="record" if skip_errors else "raise"
     )
-    shown = track(results, "embedding", len(files), console=err, disable=not err.is_terminal)
+    shown = track(results, "embedding", len(files), console=err) if err.is_terminal else results
     vectors = len(files) * (layout.num_patches + 1 if patches else 1)
     with (
         embedding_file(output, 4 * layout.hidden_size * vectors) as target,
