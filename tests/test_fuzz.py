@@ -26,9 +26,14 @@ def test_every_target_has_a_corpus_that_is_understood() -> None:
     for path in CORPUS:
         if path.parent.name == "manifest":
             assert targets.Manifest.read(path).graphs
+        if path.parent.name == "golden":
+            with targets.GoldenFile(path, targets.GOLDEN_LAYOUTS) as golden:
+                assert len(golden.pictures) >= 2
 
 
-@pytest.mark.parametrize(("name", "data"), [("picture", b"\x89PNG"), ("manifest", b"[1]")])
+@pytest.mark.parametrize(
+    ("name", "data"), [("picture", b"\x89PNG"), ("manifest", b"[1]"), ("golden", b"PK")]
+)
 def test_a_target_lets_every_other_exception_out(
     name: str, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

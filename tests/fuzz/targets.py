@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from vistower.bundle import Bundle
+from vistower.bundle.golden_file import GoldenFile
 from vistower.bundle.manifest import Manifest
 from vistower.errors import VistowerError
 from vistower.preprocess.encoded import open_image
 from vistower.preprocess.processor import Preprocessor
+from vistower.tokens import TokenLayout
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 DINOV3 = {"image_processor_type": "DINOv3ViTImageProcessor"}
@@ -29,7 +31,8 @@ PROCESSORS = tuple(
     for config, backend in CONFIGURED
 )
 
-_folder = Path(tempfile.mkdtemp(prefix="vistower-fuzz-"))
+_memory = Path("/dev/shm")
+_folder = Path(tempfile.mkdtemp(prefix="vistower-fuzz-", dir=_memory if _memory.is_dir() else None))
 
 
 def remove_folder() -> None:
@@ -38,15 +41,14 @@ def remove_folder() -> None:
 
 
 def picture(data: bytes) -> None:
-    """An encoded picture, through every arithmetic."""
+    """An encoded picture, through the arithmetic that its number of bytes chooses."""
     try:
         image = open_image(data)
     except VistowerError:
         return
-    for processor in PROCESSORS:
-        pixel_values = processor(image)
-        if pixel_values.shape != (3, 32, 32) or not np.isfinite(pixel_values).all():
-            raise AssertionError(f"{pixel_values.shape} pixels, or not finite")
+    pixel_values = PROCESSORS[len(data) % len(PROCESSORS)](image)
+    if pixel_values.shape != (3, 32, 32) or not np.isfinite(pixel_values).all():
+        raise AssertionError(f"{pixel_values.shape} pixels, or not finite")
 
 
 def manifest(data: bytes) -> None:
@@ -63,7 +65,7 @@ def manifest(data: bytes) -> None:
 
 
 def config(data: bytes) -> None:
-    """A ``preprocessor_config.json`` and a ``config.json`` of a bundle without a manifest."""
+    """A ``preprocessor_config.json``, then a ``config.json``, of a bundle without a manifest."""
     try:
         parsed: Any = json.loads(data)
     except (ValueError, RecursionError):
@@ -74,15 +76,9 @@ def config(data: bytes) -> None:
                 Preprocessor.from_config(parsed, backend=backend).output_size  # noqa: B018
             except VistowerError:
                 continue
-    bundle = _folder / "bundle"
-    bundle.mkdir(exist_ok=True)
-    (bundle / "model.onnx").write_bytes(b"")
-    for changed, kept in (
-        ("preprocessor_config.json", "config.json"),
-        ("config.json", "preprocessor_config.json"),
-    ):
-        (bundle / changed).write_bytes(data)
-        (bundle / kept).write_text(json.dumps(_KEPT[kept]), encoding="utf-8")
+    for name in _KEPT:
+        bundle = _bundle_but(name)
+        (bundle / name).write_bytes(data)
         try:
             loaded = Bundle.load(bundle)
             loaded.layout, loaded.preprocessor, loaded.resolutions  # noqa: B018
@@ -90,13 +86,46 @@ def config(data: bytes) -> None:
             continue
 
 
-_KEPT: dict[str, Any] = {
-    "config.json": {"model_type": "dinov3_vit", "patch_size": 16, "hidden_size": 64},
-    "preprocessor_config.json": DINOV3,
+def golden(data: bytes) -> None:
+    """A bundle's golden vectors."""
+    path = _folder / "golden.npz"
+    path.write_bytes(data)
+    try:
+        with GoldenFile(path, GOLDEN_LAYOUTS) as file:
+            for one in file.pictures:
+                layout = GOLDEN_LAYOUTS[one.resolution]
+                shapes = file.pixel_values(one).shape, file.last_hidden_state(one).shape
+                if shapes != ((3, *one.resolution), (layout.num_tokens, layout.hidden_size)):
+                    raise AssertionError(f"{one.name} has shapes {shapes}")
+    except VistowerError:
+        return
+
+
+GOLDEN_LAYOUTS = {
+    size: TokenLayout(size, patch_size=2, num_register_tokens=1, hidden_size=2)
+    for size in ((4, 4), (2, 4))
 }
+
+_KEPT: dict[str, Any] = {
+    "preprocessor_config.json": DINOV3,
+    "config.json": {"model_type": "dinov3_vit", "patch_size": 16, "hidden_size": 64},
+}
+
+
+def _bundle_but(name: str) -> Path:
+    """A bundle without a manifest and without one of its two configurations."""
+    bundle = _folder / name.partition(".")[0]
+    if not bundle.exists():
+        bundle.mkdir()
+        (bundle / "model.onnx").write_bytes(b"")
+        for kept in _KEPT.keys() - {name}:
+            (bundle / kept).write_text(json.dumps(_KEPT[kept]), encoding="utf-8")
+    return bundle
+
 
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "picture": picture,
     "manifest": manifest,
     "config": config,
+    "golden": golden,
 }
