@@ -20,8 +20,9 @@ FOUND = HERE.parents[1] / "artifacts" / "fuzz"
 
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 with atheris.instrument_imports(include=["vistower"]):
-    import strange_json
     import targets
+
+    import strange_json
 
 JSON = ("manifest", "config")
 
