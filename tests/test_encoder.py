@@ -85,7 +85,7 @@ def test_a_picture_comes_as_path_image_or_array(
         ([], 32, EmptyInputError, "empty"),
         (iter(()), 32, EmptyInputError, "empty"),
         (np.zeros((0, 5, 5, 3), np.uint8), 32, EmptyInputError, "empty"),
-        ([SAMPLES[0]], 0, OptionError, "at least 1"),
+        ([SAMPLES[0]], 0, OptionError, "integer ≥ 1"),
         (np.zeros((5, 5, 3), complex), 32, ImageFormatError, "uint8"),
         (np.zeros((5, 5), np.uint8), 32, ImageFormatError, "H x W x 3"),
         (np.zeros((5, 5, 4), np.uint8), 32, ImageFormatError, "H x W x 3"),

@@ -27,8 +27,8 @@ from vistower.encoder import Embeddings, VisionEncoder
 from vistower.errors import ClosedError, ImageError, InferenceError, OptionError, VistowerError
 from vistower.forks import Process
 from vistower.pools import Pool, submit
-from vistower.preprocess.encoded import detached
 from vistower.preprocess.images import ImageInput
+from vistower.preprocess.several import detached
 
 logger = logging.getLogger("vistower")
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     Callable,
     Generator,
     Iterable,
+    Iterator,
     Sequence,
 )
 from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import islice
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from vistower.arguments import height_and_width, whole_number
 from vistower.bundle import Bundle, BundleGraph, find_bundle
@@ -28,7 +30,6 @@ from vistower.errors import (
     BundleCorruptError,
     BundleNotFoundError,
     DeviceError,
-    EmptyInputError,
     ImageFormatError,
     OptionError,
     PrecisionError,
@@ -44,10 +45,9 @@ from vistower.execution.session import Session
 from vistower.forks import uncut
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
-from vistower.preprocess.arrays import is_array, pictures_of
-from vistower.preprocess.encoded import is_encoded
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.processor import Decode, Preprocessor
+from vistower.preprocess.several import pictures, streamed
 from vistower.stream import OnError, Pipeline, StreamOptions, StreamResult, astream, stream
 from vistower.threads import available_cpus, preparing_workers
 from vistower.tokens import TokenLayout
@@ -228,13 +228,15 @@ class VisionEncoder:
             images: one picture or several, of one kind or mixed. A picture is a PIL image of any
                 mode the processor takes, an array or torch tensor H×W×3 or 3×H×W (with four axes:
                 several), or an encoded picture (its EXIF orientation is applied): a path, its
-                bytes, or a binary file object; docs/preprocessing.md has the modes and dtypes.
+                bytes, or a binary file object; docs/preprocessing.md has the modes and dtypes, and
+                what counts as several: lists, iterators, arrays of paths, Series, Arrow columns.
 
         Raises:
             EmptyInputError: no picture.
             ImageDecodeError, ImageFormatError: a picture cannot be used.
         """
-        return self._preprocess(_as_list(images))
+        batches = list(self._prepared(images))
+        return batches[0] if len(batches) == 1 else np.concatenate(batches)
 
     def _empty(self, batch_size: int) -> Array:
         if self.session.input_dtype == self._dtype:
@@ -246,6 +248,18 @@ class VisionEncoder:
         for image, out in zip(images, pixel_values, strict=True):
             self.processor(image, out=out)
         return pixel_values
+
+    def _prepared(
+        self, images: ImageInput | Iterable[ImageInput], batch_size: int = sys.maxsize
+    ) -> Iterator[Array]:
+        """The ``pixel_values`` of up to ``batch_size`` pictures at a time."""
+        given = pictures(images)
+        if isinstance(given, list):
+            for start in range(0, len(given), batch_size):
+                yield self._preprocess(given[start : start + batch_size])
+            return
+        while rows := [self.processor(image) for image in islice(given, batch_size)]:
+            yield np.stack(rows, out=self._empty(len(rows)))
 
     @property
     def _dtype(self) -> np.dtype[Any]:
@@ -264,15 +278,10 @@ class VisionEncoder:
             EmptyInputError: no picture.
             ImageDecodeError, ImageFormatError: a picture cannot be used.
             InferenceError: ONNX Runtime failed.
-            OptionError: a batch size below 1.
+            OptionError: a batch size that is no integer from 1.
         """
-        if batch_size < 1:
-            raise OptionError(f"batch_size={batch_size} was asked for; it must be at least 1.")
-        pictures = _as_list(images)
-        states = [
-            self.forward(self._preprocess(pictures[start : start + batch_size]))
-            for start in range(0, len(pictures), batch_size)
-        ]
+        batch_size = whole_number("batch_size", batch_size, 1)
+        states = [self.forward(batch) for batch in self._prepared(images, batch_size)]
         state = states[0] if len(states) == 1 else np.concatenate(states)
         return Embeddings(cls=self.layout.cls(state), patches=self.layout.patches(state))
 
@@ -290,8 +299,9 @@ class VisionEncoder:
         Decoding and preprocessing run in ``workers`` threads while the graph runs in another. The
         source is pulled by the thread that asks for results, at most ``batch_size * (1 +
         prefetch)`` pictures past the last one given out, so it may be endless. Closing the
-        iterator, or dropping it, ends the threads. A file object is read when it is pulled; a PIL
-        image or an array must stay as it is until its result has come.
+        iterator, or dropping it, ends the threads. A file object is read, and an animation's frame
+        copied, when it is pulled; another PIL image or an array must stay as it is until its
+        result has come.
 
         Args:
             images: pictures as for `preprocess`, mixed as they come.
@@ -308,7 +318,8 @@ class VisionEncoder:
             ImageDecodeError, ImageFormatError: in a picture's place, under ``raise``.
             InferenceError: ONNX Runtime failed; in the place of the batch's first picture.
         """
-        return stream(images, self._pipeline(images, batch_size, workers, prefetch, on_error))
+        source = streamed(images, awaited=False)
+        return stream(source, self._pipeline(batch_size, workers, prefetch, on_error))
 
     def aencode_stream(
         self,
@@ -325,23 +336,13 @@ class VisionEncoder:
         for. ``aclose()`` ends the threads; wrap it in ``contextlib.aclosing`` where a loop over it
         may be left early or cancelled, as any asynchronous generator.
         """
-        return astream(images, self._pipeline(images, batch_size, workers, prefetch, on_error))
+        source = streamed(images, awaited=True)
+        return astream(source, self._pipeline(batch_size, workers, prefetch, on_error))
 
     def _pipeline(
-        self,
-        images: object,
-        batch_size: int,
-        workers: int | None,
-        prefetch: int,
-        on_error: OnError,
+        self, batch_size: int, workers: int | None, prefetch: int, on_error: OnError
     ) -> Callable[[], Pipeline]:
         """Check the arguments now, start the threads later."""
-        one = isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4
-        if one or is_encoded(images) or not isinstance(images, (Iterable, AsyncIterable)):
-            raise ImageFormatError(
-                f"A stream takes an iterable of pictures, not a {type(images).__name__}: pass a "
-                f"list or a generator, or use encode() for one picture."
-            )
         if workers is None:
             workers = self.preparing_workers
         options = StreamOptions(batch_size, workers, prefetch, on_error)
@@ -455,18 +456,3 @@ def _reopen(
     encoder = VisionEncoder(Bundle.load(directory), graph, session, guard)
     encoder.processor = replace(encoder.processor, decode=decode)
     return encoder
-
-
-def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
-    is_one = isinstance(images, Image.Image) or is_encoded(images)
-    if is_one or (is_array(images) and images.ndim != 4):
-        return [cast("ImageInput", images)]
-    if not isinstance(images, Iterable):
-        raise ImageFormatError(
-            f"{type(images).__name__} is no picture. Pass a PIL image, an array or torch tensor, a "
-            f"path, an encoded picture's bytes, a binary file object, or several of them."
-        )
-    pictures: list[ImageInput] = [picture for given in images for picture in pictures_of(given)]
-    if not pictures:
-        raise EmptyInputError("There is no picture to embed: the batch is empty.")
-    return pictures

@@ -29,8 +29,8 @@ from vistower.arguments import whole_number
 from vistower.errors import ImageError, OptionError
 from vistower.forks import Process
 from vistower.pools import Pool, submit
-from vistower.preprocess.encoded import detached
 from vistower.preprocess.images import ImageInput
+from vistower.preprocess.several import Repeats, detached, plain
 from vistower.tokens import TokenLayout
 
 Array = npt.NDArray[np.float32]
@@ -150,6 +150,7 @@ class Pipeline:
         self._batches: deque[Future[_Done]] = deque()
         self._ready: deque[StreamResult | BaseException] = deque()
         self._buffers: deque[Array] = deque()
+        self._repeats = Repeats()
         self._process = Process()
         self._workers = Pool(options.workers, "vistower-prepare")
         self._model = Pool(1, "vistower-forward")
@@ -165,13 +166,15 @@ class Pipeline:
         if batch is None:
             batch = self._open = _Batch(self._pulled, self._buffer())
         out = batch.pixel_values[len(batch.rows)]
-        batch.sources.append(image)
         try:
-            batch.rows.append(submit(self._workers, self._prepare, detached(image), out))
+            image = plain(image)
+            self._repeats.check(image)
+            row = submit(self._workers, self._prepare, detached(image), out)
         except ImageError as error:
-            failed: Future[object] = Future()
-            failed.set_exception(error)
-            batch.rows.append(failed)
+            row = Future()
+            row.set_exception(error)
+        batch.sources.append(image)
+        batch.rows.append(row)
         self._pulled += 1
         if len(batch.rows) == self._options.batch_size:
             self.flush()

@@ -6,7 +6,6 @@ torch is not imported: a caller who passes a tensor has it imported already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
@@ -56,17 +55,6 @@ def as_array(value: Any) -> Array:
             f"A tensor of {value.dtype} cannot be read by NumPy ({error}). Pass tensor.float()."
         ) from error
     return array
-
-
-def pictures_of(batch: object) -> Iterator[Any]:
-    """The pictures of what a batch may hold: themselves, lists of them, or arrays with four axes.
-
-    transformers' ``make_flat_list_of_images`` unfolds the same.
-    """
-    if isinstance(batch, (list, tuple)) or (is_array(batch) and batch.ndim == 4):
-        yield from batch
-    else:
-        yield batch
 
 
 def channels_last(array: Array, counts: tuple[int, ...]) -> Array:

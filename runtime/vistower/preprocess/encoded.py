@@ -32,23 +32,11 @@ _MOST_WARNINGS = 32
 
 def is_encoded(source: object) -> TypeGuard[Encoded]:
     """Whether it is something `open_image` decodes: a path, bytes, or a file object."""
-    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or _is_file(source)
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or is_file(source)
 
 
-def detached(image: T) -> T | bytes:
-    """The picture, with a file object replaced by its bytes.
-
-    So its owner may close the file, or read on, before the picture is decoded.
-
-    Raises:
-        ImageDecodeError: the file object cannot be read.
-    """
-    if isinstance(image, os.PathLike) or not _is_file(image):
-        return image
-    return _read(image)
-
-
-def _is_file(source: object) -> TypeGuard[IO[bytes]]:
+def is_file(source: object) -> TypeGuard[IO[bytes]]:
+    """Whether it is a file object."""
     return callable(getattr(source, "read", None))
 
 
@@ -75,7 +63,7 @@ def open_image(source: Encoded, draft: int | None = None) -> Image.Image:
         file = _checked_path(source)
         name = shortened(file)
     else:
-        file = bytes(source) if isinstance(source, Bytes) else _read(source)
+        file = bytes(source) if isinstance(source, Bytes) else read_file(source)
         name = f"The picture in memory ({len(file)} bytes)"
     if not file:
         raise ImageDecodeError(f"{name} is empty.")
@@ -208,7 +196,12 @@ def _from_data_uri(uri: str) -> bytes:
     return data
 
 
-def _read(file: IO[bytes]) -> bytes:
+def read_file(file: IO[bytes]) -> bytes:
+    """All bytes of a file object, from its start where it can go back there.
+
+    Raises:
+        ImageDecodeError: it cannot be read, or gives something else.
+    """
     name: Any = type(file).__name__
     try:
         name = getattr(file, "name", None) or name

@@ -33,6 +33,11 @@ _make_locks()
 in_every_child(_make_locks)
 
 
+def _loading(image: Image.Image) -> threading.Lock:
+    """What threads hold that load or seek in the image."""
+    return _LOADING[id(image) // 64 % len(_LOADING)]
+
+
 def loaded(image: Image.Image) -> Image.Image:
     """A PIL image whose pixels are there, decoded now if it was opened lazily.
 
@@ -42,7 +47,7 @@ def loaded(image: Image.Image) -> Image.Image:
         ImageDecodeError: its file is damaged, cut off or closed.
     """
     try:
-        with _LOADING[id(image) // 64 % len(_LOADING)]:
+        with _loading(image):
             tolerating_warnings(image.load)
     except Exception as error:
         name = getattr(image, "filename", "") or type(image).__name__
@@ -51,6 +56,25 @@ def loaded(image: Image.Image) -> Image.Image:
             f"closed too early."
         ) from error
     return image
+
+
+def is_animated(image: Image.Image) -> bool:
+    """Whether a PIL image has several frames, of which it is one at a time."""
+    try:
+        with _loading(image):
+            return bool(getattr(image, "is_animated", False))
+    # What is damaged after the frame it is at.
+    except Exception:
+        return False
+
+
+def frame_held(image: Image.Image) -> Image.Image:
+    """The PIL image; of one with several frames, a copy of the frame it is at.
+
+    Raises:
+        ImageDecodeError: see `loaded`.
+    """
+    return loaded(image).copy() if is_animated(image) else image
 
 
 class _ArrowArray(ctypes.Structure):

@@ -27,6 +27,7 @@ from vistower.preprocess.encoded import is_encoded, open_image
 from vistower.preprocess.frame import CenterCrop, Edges, Frame, Size
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.pillow_arithmetic import PillowArithmetic
+from vistower.preprocess.several import no_picture, plain
 from vistower.preprocess.torchvision_arithmetic import TorchvisionArithmetic, padded
 
 __all__ = ["Backend", "Decode", "Pixels", "Preprocessor", "Transparency"]
@@ -197,14 +198,11 @@ class Preprocessor(Options):
 
     def _picture(self, image: ImageInput) -> Picture:
         """The picture, decoded and as the processor takes it."""
+        image = plain(image)
         if is_encoded(image):
             image = open_image(image, self._draft_size if self.decode == "draft" else None)
         if not isinstance(image, Image.Image) and not is_array(image):
-            raise ImageFormatError(
-                f"{type(image).__name__} is no picture. Pass a PIL image, an array or torch tensor "
-                f"(H x W x 3 or 3 x H x W), a path, an encoded picture's bytes or a binary file "
-                f"object."
-            )
+            raise no_picture(image)
         return self._conversion(image)
 
     @property
