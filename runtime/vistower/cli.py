@@ -8,12 +8,14 @@ import io
 import json
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -218,6 +220,9 @@ def embed(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read pictures; default: measured.")
     ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse pictures with more pixels than this.")
+    ] = None,
     patches: Annotated[
         bool, typer.Option("--patches", help="Patch tokens too (.npz only).")
     ] = False,
@@ -238,7 +243,7 @@ def embed(
     if patches and output.suffix == ".npy":
         raise typer.BadParameter("--patches needs a .npz")
     files = _pictures(inputs)
-    encoder = VisionEncoder.open(bundle, device=device)
+    encoder = VisionEncoder.open(bundle, device=device, max_pixels=max_pixels)
     layout = encoder.layout
     names: list[str] = []
     cls: list[np.ndarray[Any, Any]] = []
@@ -455,7 +460,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal's encoding lacks is shown escaped, and ends nothing.
         sys.stdout.reconfigure(errors="backslashreplace")
-    with stoppable():
+    with stoppable(), warnings.catch_warnings():
+        # What may be read is for --max-pixels to say, and a refusal is an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         _run(arguments)
 
 

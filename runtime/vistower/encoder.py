@@ -127,6 +127,7 @@ class VisionEncoder:
         threads: int | None = None,
         options: SessionOptions | None = None,
         decode: Decode = "exact",
+        max_pixels: int | None = None,
     ) -> VisionEncoder:
         """Open a bundle.
 
@@ -150,11 +151,13 @@ class VisionEncoder:
             options: how to use the device: memory, batch buckets, CUDA graphs and more.
             decode: ``draft`` decodes large JPEGs scaled down: faster, and only nearly the same
                 pixels; see `vistower.preprocess.processor.Preprocessor`.
+            max_pixels: pixels of a picture at most, width x height; one with more is refused
+                before it is decoded. None for Pillow's own limit: docs/limits.md.
 
         Raises:
             BundleNotFoundError, BundleCorruptError, BundleUnsupportedError: see `find_bundle`.
             DeviceError: the device cannot be had; its subclass and message say why.
-            OptionError: no devices, or a resolution or a number of threads that is none.
+            OptionError: no devices, or a resolution, a number of threads or a limit that is none.
         """
         if devices is not None and (isinstance(devices, str) or not len(devices)):
             raise OptionError(
@@ -164,6 +167,8 @@ class VisionEncoder:
         size = None if resolution is None else height_and_width("resolution", resolution)
         if threads is not None:
             threads = whole_number("threads", threads, 1)
+        if max_pixels is not None:
+            max_pixels = whole_number("max_pixels", max_pixels, 1)
         found = find_bundle(bundle)
         if sum((device != "auto", devices is not None, providers is not None)) > 1:
             raise DeviceError("Give one of device, devices and providers.")
@@ -186,7 +191,7 @@ class VisionEncoder:
             one = chosen[0] if chosen else "auto"
             session = Session(taken, one, threads, providers=providers, options=options)
         encoder = cls(found, taken, session, _guard(found, taken, session, options))
-        encoder.processor = replace(encoder.processor, decode=decode)
+        encoder.processor = replace(encoder.processor, decode=decode, max_pixels=max_pixels)
         weights = "random-weight " if found.manifest and found.manifest.source.random_weight else ""
         logger.info(
             "%s%s, graph %s, on %s (%s)%s",
@@ -200,8 +205,8 @@ class VisionEncoder:
         return encoder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        decode = self.processor.decode
-        return _reopen, (self.bundle.directory, self.graph, self.session, self._guard, decode)
+        how = {"decode": self.processor.decode, "max_pixels": self.processor.max_pixels}
+        return _reopen, (self.bundle.directory, self.graph, self.session, self._guard, how)
 
     def __repr__(self) -> str:
         return f"VisionEncoder({self.bundle.name!r}, device={self.device!r})"
@@ -451,8 +456,8 @@ def _reopen(
     graph: BundleGraph,
     session: Session | Replicas,
     guard: FiniteGuard | None,
-    decode: Decode,
+    how: dict[str, Any],
 ) -> VisionEncoder:
     encoder = VisionEncoder(Bundle.load(directory), graph, session, guard)
-    encoder.processor = replace(encoder.processor, decode=decode)
+    encoder.processor = replace(encoder.processor, **how)
     return encoder

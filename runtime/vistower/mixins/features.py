@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vistower.bundle import find_bundle
 from vistower.encoder import VisionEncoder
-from vistower.errors import BundleUnsupportedError, MissingModelPathError
+from vistower.errors import BundleUnsupportedError, MissingModelPathError, OptionError
 from vistower.mixins.feature_cache import FeatureCache
 from vistower.mixins.masks import indexed
 from vistower.mixins.model import TowerModel
@@ -27,6 +27,9 @@ from vistower.preprocess.images import ImageInput
 
 PRECISION_SETTING = "VISTOWER_PRECISION"
 """Environment variable with the precision of the mixins, for consumers that stay unchanged."""
+
+PIXELS_SETTING = "VISTOWER_MAX_PIXELS"
+"""Environment variable with the ``max_pixels`` of the mixins' pictures; without it, no limit."""
 
 CLIP_DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
@@ -67,6 +70,7 @@ class _Features:
             bundle.directory,
             device="auto" if device is None else device,
             precision=os.environ.get(PRECISION_SETTING, "fp32"),
+            max_pixels=_max_pixels(),
         )
         self.model = TowerModel(encoder)
         self.processor = TowerProcessor(encoder)
@@ -161,6 +165,13 @@ _EXAMPLES = {
     "clip_vision_model": CLIP_DEFAULT_MODEL,
     "dinov3_vit": "facebook/dinov3-vitb16-pretrain-lvd1689m",
 }
+
+
+def _max_pixels() -> int | None:
+    text = os.environ.get(PIXELS_SETTING)
+    if text is not None and not text.isdecimal():
+        raise OptionError(f"{PIXELS_SETTING}={text!r} is not a number of pixels, e.g. 50000000.")
+    return None if text is None else int(text)
 
 
 def _init_next(here: type[_Features], instance: _Features, kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vistower.preprocess.images import lent_pixels, pixel_view
+from vistower.preprocess.images import cropped, lent_pixels, pixel_view
 
 _WHOLE = 1 << 24
 """Bytes of a picture that is copied whole, where Pillow does not lend it: 16 MB."""
@@ -48,7 +48,7 @@ class Blocks:
 
     def _read(self, top: int, bottom: int, left: int, right: int) -> npt.NDArray[Any]:
         if isinstance(self._pixels, Image.Image):
-            return pixel_view(self._pixels.crop((left, top, right, bottom)))
+            return pixel_view(cropped(self._pixels, (left, top, right, bottom)))
         return self._pixels[top:bottom, left:right]
 
     def pick(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> npt.NDArray[Any]:

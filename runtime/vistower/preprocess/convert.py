@@ -62,6 +62,18 @@ class Conversion:
             return picture
         return self._checked(self._from_pil(picture, mode), mode)
 
+    def size(self, image: Any) -> tuple[int, int]:
+        """(width, height) of a PIL image, or of an array or tensor with three axes."""
+        if isinstance(image, Image.Image):
+            return image.size
+        height, width = image.shape[1:] if image.shape[0] in self._counts else image.shape[:2]
+        return int(width), int(height)
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        """The numbers of channels by which an array's axis of channels is known."""
+        return (1, 3) if self.transformers < 5 else (1, 3, 4)
+
     def _to_rgb(self, image: Image.Image) -> Image.Image:
         has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
         try:
@@ -106,10 +118,8 @@ class Conversion:
                 f"H x W x 3 or 3 x H x W. Pass grey ones as numpy.stack([array] * 3, axis=-1), and "
                 f"batches to VisionEncoder.preprocess or encode."
             )
-        if self.transformers < 5:
-            return channels_last(array, (1, 3))
-        array = channels_last(array, (1, 3, 4))
-        if not self.convert_rgb:
+        array = channels_last(array, self._counts)
+        if self.transformers < 5 or not self.convert_rgb:
             return array
         if array.shape[2] == 4:
             self._check_dtype(array.dtype)

@@ -10,12 +10,13 @@ import io
 import os
 import re
 import stat
+import warnings
 from collections.abc import Callable
 from typing import IO, Any, TypeAlias, TypeGuard, TypeVar
 
 from PIL import Image, ImageOps
 
-from vistower.errors import ImageDecodeError
+from vistower.errors import ImageDecodeError, ImageFormatError
 from vistower.forks import uncut
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -40,7 +41,9 @@ def is_file(source: object) -> TypeGuard[IO[bytes]]:
     return callable(getattr(source, "read", None))
 
 
-def open_image(source: Encoded, draft: int | None = None) -> Image.Image:
+def open_image(
+    source: Encoded, draft: int | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """Read an encoded picture: fully decoded, EXIF orientation applied, converted to RGB.
 
     Transparency is dropped, as ``load_image`` does; pass a PIL image to have it handled by the
@@ -51,9 +54,11 @@ def open_image(source: Encoded, draft: int | None = None) -> Image.Image:
             object, which is read from its start where it can go back there.
         draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where both sides keep this many
             pixels. Its levels then differ from those of the whole picture, scaled down.
+        max_pixels: width x height of its header at most; None for Pillow's own limit alone.
 
     Raises:
         ImageDecodeError: the file cannot be had, or holds no picture Pillow can read to its end.
+        ImageFormatError: it has more pixels than ``max_pixels``.
     """
     file: str | bytes
     if isinstance(source, str) and source[: len(_DATA)].lower() == _DATA:
@@ -68,10 +73,13 @@ def open_image(source: Encoded, draft: int | None = None) -> Image.Image:
     if not file:
         raise ImageDecodeError(f"{name} is empty.")
     try:
-        return tolerating_warnings(lambda: _decoded(file, draft))
+        return tolerating_warnings(lambda: _decoded(file, name, draft, max_pixels))
+    except ImageFormatError:
+        raise
     except Image.DecompressionBombError as error:
+        own = "" if max_pixels is None else f", whose limit max_pixels={max_pixels} leaves as it is"
         raise ImageDecodeError(
-            f"{name} has more pixels than Pillow takes ({error}). Scale it down, or raise "
+            f"{name} has more pixels than Pillow takes ({error}){own}. Scale it down, or raise "
             f"PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
@@ -83,21 +91,40 @@ def open_image(source: Encoded, draft: int | None = None) -> Image.Image:
         ) from error
 
 
-def _decoded(file: str | bytes, draft: int | None) -> Image.Image:
+def _decoded(
+    file: str | bytes, name: str, draft: int | None, max_pixels: int | None
+) -> Image.Image:
     # Pillow leaves a path's file open where reading it fails.
     binary = io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")  # noqa: PTH123, SIM115
     with binary, _opened(binary) as image:
+        require_few_pixels(name, image.size, max_pixels)
         if draft is not None:
             image.draft(None, (draft, draft))
         with uncut:
             ImageOps.exif_transpose(image, in_place=True)
         image.load()
+        # An icon's directory may say something else than the picture in it.
+        require_few_pixels(name, image.size, max_pixels)
         if image.mode == "RGB":
             return image
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             # The same pixels, but Pillow warns of the direct way.
             return image.convert("RGBA").convert("RGB")
         return image.convert("RGB")
+
+
+def require_few_pixels(name: str, size: tuple[int, int], limit: int | None) -> None:
+    """Refuse a picture of (width, height) pixels that has more than a limit.
+
+    Raises:
+        ImageFormatError: see there.
+    """
+    width, height = size
+    if limit is not None and width * height > limit:
+        raise ImageFormatError(
+            f"{name} has {width} x {height} = {width * height} pixels, and max_pixels={limit} was "
+            f"asked for. Scale it down, or raise the limit."
+        )
 
 
 @uncut
@@ -109,19 +136,28 @@ def _opened(binary: IO[bytes]) -> Image.Image:
 def tolerating_warnings(decode: Callable[[], T]) -> T:
     """What a function of Pillow's returns, if it only warns, even where warnings are errors.
 
-    Pillow warns of odd metadata. What becomes of a warning is for the filters of the process to
-    say, which are shared by all threads and so are left alone: where they make one an exception,
-    it is noted as given, at its place in Pillow and with its text, and the function is called
-    again. The warning of a picture with very many pixels stays an error, as Pillow advises.
+    Pillow warns of odd metadata, and of pictures with very many pixels. What becomes of a warning
+    is for the filters of the process to say, which are shared by all threads and so are left alone:
+    where they make one an exception, it is noted as given, at its place in Pillow and with its
+    text, and the function is called again. A filter for ``DecompressionBombWarning`` itself, as
+    Pillow advises, is a wish about pictures, and granted; one for every warning is not.
     """
     for _ in range(_MOST_WARNINGS):
         try:
             return decode()
-        except Image.DecompressionBombWarning:
-            raise
+        except Image.DecompressionBombWarning as warning:
+            if _is_refused_by_name(Image.DecompressionBombWarning):
+                raise
+            _note_as_given(warning)
         except Warning as warning:
             _note_as_given(warning)
     return decode()
+
+
+def _is_refused_by_name(category: type[Warning]) -> bool:
+    """Whether the filter that acts on a category of warnings names it, and no wider one."""
+    acting = next((one for one in warnings.filters if issubclass(category, one[2])), None)
+    return acting is not None and acting[2] is category
 
 
 def _note_as_given(warning: Warning) -> None:

@@ -77,6 +77,15 @@ def frame_held(image: Image.Image) -> Image.Image:
     return loaded(image).copy() if is_animated(image) else image
 
 
+def cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """``image.crop(box)`` of a loaded image, left, top, right, bottom inside it.
+
+    Pillow's own method warns of parts with very many pixels, or refuses them, as if they were yet
+    to be decoded.
+    """
+    return image._new(image.im.crop(box))
+
+
 class _ArrowArray(ctypes.Structure):
     """``struct ArrowArray`` of the Arrow C data interface."""
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vistower.foreign import foreign_code
 from vistower.forks import in_every_child, never_free, uncut
-from vistower.preprocess.images import pixel_view
+from vistower.preprocess.images import cropped, pixel_view
 from vistower.preprocess.kept import Pool
 from vistower.preprocess.resize import Filter
 
@@ -94,11 +94,11 @@ def resize(
     if image.width != size[1]:
         image = pass_(image, (size[1], image.height))
     if (left, right) != (0, image.width):
-        image = image.crop((left, 0, right, image.height))
+        image = cropped(image, (left, 0, right, image.height))
     if image.height != size[0]:
         image = pass_(image, (image.width, size[0]))
     if (top, bottom) != (0, image.height):
-        image = image.crop((0, top, image.width, bottom))
+        image = cropped(image, (0, top, image.width, bottom))
     levels = pixel_view(image)
     if taken and image is taken[-1]:
         levels = levels.copy()

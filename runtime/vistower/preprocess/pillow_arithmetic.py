@@ -19,7 +19,7 @@ from vistower.errors import ImageFormatError
 from vistower.preprocess.blocks import Blocks
 from vistower.preprocess.convert import Picture
 from vistower.preprocess.frame import Frame, Size, Window
-from vistower.preprocess.images import pixel_view
+from vistower.preprocess.images import cropped, pixel_view
 from vistower.preprocess.resize import Filter, resize
 from vistower.preprocess.scaling import Array, Scaling
 from vistower.preprocess.torchvision_arithmetic import padded
@@ -76,7 +76,7 @@ class PillowArithmetic:
         if frame.resizes:
             height, width = frame.size
             picture = picture.resize((width, height), Image.Resampling[self.resample.upper()])
-        return pixel_view(picture.crop((left, top, right, bottom))).transpose(2, 0, 1)[:3]
+        return pixel_view(cropped(picture, (left, top, right, bottom))).transpose(2, 0, 1)[:3]
 
     def _window(
         self, picture: Picture, mode: str, frame: Frame, *, vertical_first: bool

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vistower.arguments import whole_number
 from vistower.errors import ImageFormatError, OptionError, ProcessorConfigError
 from vistower.lazy import cached_property
 from vistower.preprocess.arrays import is_array
@@ -23,7 +24,7 @@ from vistower.preprocess.classes import Backend
 from vistower.preprocess.config import Options, read_options
 from vistower.preprocess.convert import Conversion, Picture, Transparency
 from vistower.preprocess.dinov3_arithmetic import DINOv3Arithmetic
-from vistower.preprocess.encoded import is_encoded, open_image
+from vistower.preprocess.encoded import is_encoded, open_image, require_few_pixels
 from vistower.preprocess.frame import CenterCrop, Edges, Frame, Size
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.pillow_arithmetic import PillowArithmetic
@@ -44,19 +45,26 @@ class Preprocessor(Options):
     ``decode="draft"`` decodes a JPEG (a file, bytes) at 1/2, 1/4 or 1/8 of its size where that
     is no smaller than the resized picture: faster, and no longer exactly the processor's pixels;
     docs/preprocessing.md has the measured deviation.
+    ``max_pixels`` is the most width x height a picture may have, of whatever kind; a file's is
+    read in its header, before it is decoded. None: only Pillow's own limit holds, see
+    docs/limits.md.
     """
 
     pixels: Pixels = "float32"
     decode: Decode = "exact"
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown way to decode.
+        """Refuse an unknown way to decode, and a limit that is none.
 
         Raises:
             OptionError: see there.
         """
         if self.decode not in get_args(Decode):
             raise OptionError(f"decode={self.decode!r} is not known. Use exact or draft.")
+        if self.max_pixels is not None:
+            most = whole_number("max_pixels", self.max_pixels, 1)
+            object.__setattr__(self, "max_pixels", most)
 
     @classmethod
     def from_config(
@@ -200,9 +208,13 @@ class Preprocessor(Options):
         """The picture, decoded and as the processor takes it."""
         image = plain(image)
         if is_encoded(image):
-            image = open_image(image, self._draft_size if self.decode == "draft" else None)
-        if not isinstance(image, Image.Image) and not is_array(image):
+            draft = self._draft_size if self.decode == "draft" else None
+            image = open_image(image, draft, self.max_pixels)
+        elif not isinstance(image, Image.Image) and not is_array(image):
             raise no_picture(image)
+        elif self.max_pixels is not None and (isinstance(image, Image.Image) or image.ndim == 3):
+            name = f"The picture ({type(image).__name__})"
+            require_few_pixels(name, self._conversion.size(image), self.max_pixels)
         return self._conversion(image)
 
     @property
