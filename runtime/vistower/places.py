@@ -8,12 +8,12 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from vistower.errors import OutputError, VistowerError
+from vistower.errors import OutputError, OutputExistsError, VistowerError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -118,6 +118,41 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def require_as_it_was(output: Path, path: Path, replaced: Snapshot) -> None:
+    """Raise `OutputExistsError`, naming what changed, unless a path holds what an output was."""
+    found = snapshot(path)
+    if found != replaced:
+        changed = [name or output.name for name in found if found[name] != replaced.get(name)]
+        gone = [name or output.name for name in replaced if name not in found]
+        raise OutputExistsError(
+            f"{output} changed while its replacement was made ("
+            f"{', '.join((*changed, *gone)[:8])}), and is left as it is. Choose another output, or "
+            f"run again."
+        )
+
+
+def remove(path: Path, files: Iterable[str]) -> None:
+    """Delete a file; or, of a folder, these files, and the folders that are empty then.
+
+    Raises:
+        OutputExistsError: something else is in it.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for name in files:
+        if not name.endswith("/"):
+            (path / name.lstrip("/")).unlink(missing_ok=True)
+    for folder, _, _ in os.walk(path, topdown=False):
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()
+    if left := snapshot(path):
+        raise OutputExistsError(
+            f"{path} is what was replaced, and holds what vistower did not write "
+            f"({', '.join(list(left)[:8])}). Take it out of there."
+        )
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from vistower.places import (
     Snapshot,
     as_output_error,
     exchange,
+    remove,
+    require_as_it_was,
     snapshot,
     sync,
     sync_directory,
@@ -79,7 +81,7 @@ class Staging:
         last = self.outputs[-1]
         with as_output_error(last):
             for output in self.outputs:
-                _require_as_it_was(output, output, replaced.get(output, {}))
+                require_as_it_was(output, output, replaced.get(output, {}))
                 sync(self.path(output))
             names = [output.name for output in self.outputs]
             files = {*replaced.get(last, {}), *snapshot(self.path(last))} - {""}
@@ -110,7 +112,7 @@ class Staging:
         else:
             new.rename(old)
         try:
-            _require_as_it_was(output, old, replaced)
+            require_as_it_was(output, old, replaced)
         except BaseException:
             output.rename(new)
             old.rename(output)
@@ -149,18 +151,6 @@ def staged(*outputs: Path) -> Iterator[Staging]:
         yield Staging(place, outputs)
     finally:
         _release(place, lock)
-
-
-def _require_as_it_was(output: Path, path: Path, replaced: Snapshot) -> None:
-    found = snapshot(path)
-    if found != replaced:
-        changed = [name or output.name for name in found if found[name] != replaced.get(name)]
-        gone = [name or output.name for name in replaced if name not in found]
-        raise OutputExistsError(
-            f"{output} changed while its replacement was made ("
-            f"{', '.join((*changed, *gone)[:8])}), and is left as it is. Choose another output, or "
-            f"run again."
-        )
 
 
 def clean(directory: Path, *, but: Path | None = None) -> None:
@@ -288,7 +278,7 @@ def tidy(place: Path) -> None:
     outputs, files = _read(place / _DONE)
     for kept in (_NEW, _OLD):
         for name in outputs:
-            _remove(place / kept / name, files)
+            remove(place / kept / name, files)
     shutil.rmtree(place / _NEW, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         (place / _OLD).rmdir()
@@ -303,30 +293,7 @@ def _read(plan: Path) -> tuple[list[str], list[str]]:
     # Cut off while it was written: nothing had been moved.
     except (OSError, ValueError, KeyError, TypeError):
         return [], []
-    names = [Path(name).name for name in outputs]
-    return names, [name for name in files if ".." not in Path(name).parts]
-
-
-def _remove(path: Path, files: Iterable[str]) -> None:
-    """Delete a file; or, of a folder, these files, and the folders that are empty then.
-
-    Raises:
-        OutputExistsError: something else is in it.
-    """
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    for name in files:
-        if not name.endswith("/"):
-            (path / name.lstrip("/")).unlink(missing_ok=True)
-    for folder, _, _ in os.walk(path, topdown=False):
-        with contextlib.suppress(OSError):
-            Path(folder).rmdir()
-    if left := snapshot(path):
-        raise OutputExistsError(
-            f"{path} is what was replaced, and holds what vistower did not write "
-            f"({', '.join(list(left)[:8])}). Take it out of there."
-        )
+    return [Path(name).name for name in outputs], [x for x in files if ".." not in Path(x).parts]
 
 
 def _release(place: Path, lock: int) -> None:
@@ -349,11 +316,9 @@ def _leave(place: Path) -> None:
         tidy(place)
         (place / _LOCK).unlink(missing_ok=True)
         place.rmdir()
-    except FileNotFoundError:
-        pass
     except OSError as error:
         # Another process may have it already.
-        if error.errno != errno.ENOTEMPTY:
+        if error.errno not in {errno.ENOENT, errno.ENOTEMPTY}:
             logger.warning("%s is left over: %s", place, error.strerror or error)
 
 
