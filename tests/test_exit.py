@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SETUP = """
-import asyncio, gc, itertools, os, signal, sys, threading, time
+import asyncio, gc, itertools, os, random, signal, sys, threading, time
 import numpy as np
 from vistower import DynamicBatcher, VisionEncoder
 
@@ -24,9 +24,16 @@ def forever(work):
 def in_background(work, daemon):
     threading.Thread(target=work, daemon=daemon).start()
 
-async def consume():
-    async for _ in encoder.aencode_stream(endless(), batch_size=8):
+async def consume(images):
+    async for _ in encoder.aencode_stream(images, batch_size=8):
         pass
+
+def interrupting():
+    global sender
+    yield from [image] * 100
+    sender = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    sender.start()
+    yield from endless()
 """
 
 SCENARIOS = {
@@ -85,24 +92,42 @@ list(encoder.encode_stream(source(), batch_size=4))
     ),
     "a signal": (
         """
-threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
-    for _ in encoder.encode_stream(endless(), batch_size=8):
+    for _ in encoder.encode_stream(interrupting(), batch_size=8):
         pass
 except KeyboardInterrupt:
+    sender.join()
     print("interrupted", threading.active_count())
-threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
-    asyncio.run(consume())
+    asyncio.run(consume(interrupting()))
 except KeyboardInterrupt:
+    sender.join()
     print("interrupted", threading.active_count())
 """,
         "interrupted 1\ninterrupted 1\n",
     ),
+    # Whatever Python code the main thread is in, the others must not wait for it ever after.
+    "many signals": (
+        """
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+chance = random.Random(0)
+for _ in range(500):
+    stream = encoder.encode_stream(itertools.repeat(image[:30, :40]), batch_size=2)
+    next(stream)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.001, 0.01))
+        for _ in stream:
+            pass
+    except KeyboardInterrupt:
+        pass
+print("interrupted", threading.active_count())
+""",
+        "interrupted 1\n",
+    ),
     "asyncio": (
         """
 async def cancelled(times):
-    task = asyncio.create_task(consume())
+    task = asyncio.create_task(consume(endless()))
     await asyncio.sleep(0.2)
     for _ in range(times):
         task.cancel()
@@ -119,7 +144,7 @@ async def late():
 async def dropped():
     await anext(encoder.aencode_stream(endless(), batch_size=8))
 async def pending():
-    tasks.append(asyncio.create_task(consume()))
+    tasks.append(asyncio.create_task(consume(endless())))
     await asyncio.sleep(0.2)
 async def callers():
     batcher = DynamicBatcher(encoder)

@@ -125,7 +125,7 @@ class DynamicBatcher:
         self._closed = False
         self._workers = Pool(whole_number("workers", workers, 1), "vistower-prepare")
         self._model = Pool(1, "vistower-forward")
-        self._callbacks = Pool(_CALLBACK_THREADS, "vistower-callback")
+        self._callbacks = Pool(_CALLBACK_THREADS, "vistower-callback", as_needed=True)
 
     def __enter__(self) -> DynamicBatcher:
         return self

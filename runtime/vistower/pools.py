@@ -35,17 +35,40 @@ def submit(
 class Pool(ThreadPoolExecutor):
     """Threads that can be shut down from anywhere, one of them too."""
 
-    def __init__(self, threads: int, name: str) -> None:
-        """Name the threads; they start with their work."""
-        own = self._own = set[int]()
+    def __init__(self, threads: int, name: str, *, as_needed: bool = False) -> None:
+        """Name the threads; they start with their work.
+
+        Args:
+            threads: how many at most.
+            name: what theirs begin with.
+            as_needed: start one when all others are busy, not all with the first work. A signal's
+                exception in the caller of `submit` may then leave a lock of Python's held.
+        """
+        own = self._own = set[threading.Thread]()
+        self._as_needed = as_needed
         super().__init__(
-            threads, thread_name_prefix=name, initializer=lambda: own.add(threading.get_ident())
+            threads,
+            thread_name_prefix=name,
+            initializer=lambda: own.add(threading.current_thread()),
         )
+
+    def _adjust_thread_count(self) -> None:
+        # Python's own counts the idle ones with a semaphore, which is a lock in Python code: where
+        # KeyboardInterrupt comes in the middle of it, it stays locked, and the threads wait for it.
+        if self._as_needed:
+            super()._adjust_thread_count()
+            return
+        try:
+            while len(self._threads) < self._max_workers:
+                super()._adjust_thread_count()
+        except RuntimeError:  # No more threads can be started: those that were do the work.
+            if not self._threads:
+                raise
 
     @property
     def is_calling(self) -> bool:
         """Whether the calling thread is one of them."""
-        return threading.get_ident() in self._own
+        return threading.current_thread() in self._own
 
     def end(self, *, wait: bool = True, drop: bool = False) -> None:
         """Take nothing more, and wait for what was taken; one of the threads does not wait.
@@ -54,4 +77,8 @@ class Pool(ThreadPoolExecutor):
             wait: for the threads to end.
             drop: what has not begun.
         """
-        self.shutdown(wait=wait and not self.is_calling, cancel_futures=drop)
+        wait = wait and not self.is_calling
+        self.shutdown(wait=wait, cancel_futures=drop)
+        # Where an exception of a signal's came while it was started, the executor has lost it.
+        for thread in tuple(self._own) if wait else ():
+            thread.join()

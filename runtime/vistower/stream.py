@@ -20,6 +20,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -101,19 +102,23 @@ class StreamResult:
 
 @dataclass
 class _Batch:
-    """Pictures of one forward pass: row i of ``pixel_values`` is written by ``rows[i]``."""
+    """Pictures of one forward pass: row i of ``pixel_values`` is written by ``rows[i]``.
+
+    ``outcome`` gets one thing, before the future of the batch is done: waiting for a future in
+    Python code, its lock may stay held where ``KeyboardInterrupt`` comes, for ever.
+    """
 
     start: int
     pixel_values: Array
     sources: list[ImageInput] = field(default_factory=list)
     rows: list[Future[object]] = field(default_factory=list)
+    outcome: SimpleQueue[_Done | BaseException] = field(default_factory=SimpleQueue)
 
 
 @dataclass(frozen=True)
 class _Done:
     """A batch after its forward pass: errors by row; ``state`` holds the rows without one."""
 
-    batch: _Batch
     errors: list[BaseException | None]
     state: Array | None
 
@@ -147,7 +152,7 @@ class Pipeline:
         self._pulled = 0
         self._given = 0
         self._open: _Batch | None = None
-        self._batches: deque[Future[_Done]] = deque()
+        self._batches: deque[tuple[_Batch, Future[None]]] = deque()
         self._ready: deque[StreamResult | BaseException] = deque()
         self._buffers: deque[Array] = deque()
         self._repeats = Repeats()
@@ -182,17 +187,24 @@ class Pipeline:
     def flush(self) -> None:
         """Queue the batch that is not full: the source has ended."""
         if self._open is not None:
-            self._batches.append(submit(self._model, self._run, self._open))
-            self._open = None
+            batch, self._open = self._open, None
+            self._batches.append((batch, submit(self._model, self._run, batch)))
 
-    def waiting_for(self) -> Future[_Done] | None:
+    def waiting_for(self) -> Future[None] | None:
         """The batch whose results come next; None if results are ready, or nothing is left."""
-        return None if self._ready or not self._batches else self._batches[0]
+        return None if self._ready or not self._batches else self._batches[0][1]
 
-    def receive(self, done: _Done) -> None:
-        """Take in the batch `waiting_for` named."""
+    def receive(self) -> None:
+        """Wait for the batch of `waiting_for`, and take it in.
+
+        Raises:
+            Exception: what its forward pass raised.
+        """
+        batch, on_error = self._batches[0][0], self._options.on_error
+        done = batch.outcome.get()
         self._batches.popleft()
-        batch, on_error = done.batch, self._options.on_error
+        if isinstance(done, BaseException):
+            raise done
         row = 0
         for offset, (source, error) in enumerate(zip(batch.sources, done.errors, strict=True)):
             index = batch.start + offset
@@ -245,14 +257,20 @@ class Pipeline:
         # A fresh batch costs page faults; the pictures of the one before have been computed.
         return self._buffers.popleft() if self._buffers else self._empty(self._options.batch_size)
 
-    def _run(self, batch: _Batch) -> _Done:
+    def _run(self, batch: _Batch) -> None:
+        try:
+            batch.outcome.put(self._done(batch))
+        except BaseException as error:
+            batch.outcome.put(error)
+
+    def _done(self, batch: _Batch) -> _Done:
         errors = [row.exception() for row in batch.rows]
         good = [row for row, error in enumerate(errors) if error is None]
         if not good:
-            return _Done(batch, errors, None)
+            return _Done(errors, None)
         every = len(good) == len(errors)
         rows = batch.pixel_values[: len(good)] if every else batch.pixel_values[good]
-        return _Done(batch, errors, self._forward(rows))
+        return _Done(errors, self._forward(rows))
 
 
 def stream(
@@ -279,8 +297,8 @@ def stream(
                     pipeline.flush()
                 else:
                     pipeline.put(image)
-            if (future := pipeline.waiting_for()) is not None:
-                pipeline.receive(future.result())
+            if pipeline.waiting_for() is not None:
+                pipeline.receive()
             if (result := pipeline.pop()) is not None:
                 yield result
             elif source is None and pipeline.waiting_for() is None:
@@ -315,7 +333,8 @@ async def astream(
                 else:
                     pipeline.put(image)
             if (future := pipeline.waiting_for()) is not None:
-                pipeline.receive(await asyncio.wrap_future(future))
+                await asyncio.wrap_future(future)
+                pipeline.receive()
             if (result := pipeline.pop()) is not None:
                 yield result
             elif source is None and pipeline.waiting_for() is None:
