@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from vistower.errors import ImageDecodeError, ImageFormatError
 from vistower.forks import uncut
+from vistower.preprocess.cut import require_whole
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Encoded: TypeAlias = str | os.PathLike[str] | Bytes | IO[bytes]
@@ -98,6 +99,7 @@ def _decoded(
     binary = io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")  # noqa: PTH123, SIM115
     with binary, _opened(binary) as image:
         require_few_pixels(name, image.size, max_pixels)
+        require_whole(image, binary)
         if draft is not None:
             image.draft(None, (draft, draft))
         with uncut:

@@ -15,6 +15,7 @@ from PIL import Image
 from vistower.errors import ImageDecodeError
 from vistower.forks import in_every_child
 from vistower.preprocess.arrays import Tensor
+from vistower.preprocess.cut import require_whole
 from vistower.preprocess.encoded import Encoded, tolerating_warnings
 
 ImageInput: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor | Encoded"
@@ -48,6 +49,10 @@ def loaded(image: Image.Image) -> Image.Image:
     """
     try:
         with _loading(image):
+            file = getattr(image, "fp", None)
+            # None where it was decoded before.
+            if hasattr(file, "seek"):
+                require_whole(image, file)
             tolerating_warnings(image.load)
     except Exception as error:
         name = getattr(image, "filename", "") or type(image).__name__
