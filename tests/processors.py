@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ from PIL import Image
 from vistower.preprocess import native
 from vistower.preprocess.classes import CLASSES
 from vistower.preprocess.processor import Preprocessor
+from vistower.preprocess.release import Release
 from vistower_export.reference import processor_backend, processor_config, transparency
 
-MAJOR = int(transformers.__version__.split(".")[0])
+RELEASE = Release.of(transformers.__version__)
+
+OWN_PIL = importlib.util.find_spec("transformers.image_processing_backends") is None
+"""Whether the PIL classes are implementations of their own: before 5.4."""
 
 HAS_LANCZOS = tuple(map(int, torchvision.__version__.split(".")[:2])) >= (0, 29)
 """Before, torchvision had no lanczos for tensors and transformers took bicubic instead."""
@@ -32,10 +37,10 @@ transformers.logging.set_verbosity_error()
 
 def reference(name: str, backend: str = "torchvision", **options: Any) -> Any:
     """An image processor of transformers, by the class's name in 5."""
-    if MAJOR >= 5:
-        ending = "Pil" if backend == "pil" else ""
-    else:
+    if OWN_PIL:
         ending = "Fast" if backend == "torchvision" else ""
+    else:
+        ending = "Pil" if backend == "pil" else ""
     return getattr(transformers, name + ending)(**options)
 
 

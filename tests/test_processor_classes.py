@@ -17,8 +17,8 @@ from transformers import AutoImageProcessor
 from processors import (
     EVERY,
     HAS_LANCZOS,
-    MAJOR,
     MODES,
+    OWN_PIL,
     computed_by,
     error_allowed,
     expected,
@@ -31,6 +31,7 @@ from processors import (
 from vistower.errors import ImageFormatError, ProcessorConfigError
 from vistower.preprocess.classes import CLASSES
 from vistower.preprocess.processor import Preprocessor
+from vistower_export.reference import transparency
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
 
@@ -48,7 +49,7 @@ def is_exact(name: str) -> bool:
 
 def read_as_rows(backend: str, height: int) -> bool:
     """4.57's PIL classes take a picture one pixel high for one of one channel, and refuse it."""
-    return MAJOR < 5 and backend == "pil" and height == 1
+    return OWN_PIL and backend == "pil" and height == 1
 
 
 @pytest.mark.parametrize(("name", "backend"), EVERY)
@@ -57,7 +58,7 @@ def test_a_silent_configuration_is_the_class_itself(name: str, backend: str) -> 
     silent = Preprocessor.from_config(
         {"image_processor_type": name},
         backend=backend,
-        transparency="white" if MAJOR >= 5 else "dropped",
+        transparency=transparency(processor),
         transformers=transformers.__version__,
     )
     for size in [(640, 480), (97, 301)]:
@@ -187,10 +188,10 @@ def drawn_options(data: st.DataObject, name: str, backend: str) -> dict[str, Any
     whole = {"height": draw(SIDE), "width": draw(SIDE)}
     longer = {"shortest_edge": edge, "longest_edge": draw(st.integers(edge, 600))}
     sizes = [whole, {"shortest_edge": edge}, longer]
-    pil_4 = MAJOR < 5 and backend == "pil"
+    own_pil = OWN_PIL and backend == "pil"
     if CLASSES[name].crop_pct:
         sizes = [{"shortest_edge": draw(st.sampled_from([edge, 383, 384, 400]))}]
-    elif pil_4 and "shortest_edge" not in CLASSES[name].pil_4_sizes:
+    elif own_pil and "shortest_edge" not in CLASSES[name].pil_sizes:
         sizes = [whole]
     filters = [0, 1, 2, 3, 4, 5] if backend == "pil" else [0, 2, 3]
     if HAS_LANCZOS and backend != "pil":
@@ -247,7 +248,7 @@ def test_any_options(data: st.DataObject, which: tuple[str, str]) -> None:
         size = ours.output_size
     except ProcessorConfigError:
         # Of every picture another size, which no graph takes.
-        assert not options.get("do_center_crop") or (MAJOR < 5 and backend == "pil")
+        assert not options.get("do_center_crop") or (OWN_PIL and backend == "pil")
         return
     with computed_by(data.draw(st.sampled_from(["native", "numpy"]))):
         have = ours(image)

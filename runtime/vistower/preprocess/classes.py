@@ -2,7 +2,8 @@
 
 A record has the class's name in transformers 5. transformers 4.57 calls the torchvision one
 ``...Fast``, transformers 5 the PIL one ``...Pil``, and both know ``...FeatureExtractor`` from
-older files. Sources: ``transformers/models/*/image_processing_*.py`` of 4.57.6 and 5.23.
+older files. Sources: ``transformers/models/*/image_processing_*.py`` of 4.57.6 and 5.23
+(`vistower.preprocess.release` for those between).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from vistower.errors import ProcessorConfigError
+from vistower.preprocess.release import UNIFIED, Release
 
 Backend: TypeAlias = Literal["torchvision", "pil"]
 
@@ -24,29 +26,29 @@ _HALF = [0.5, 0.5, 0.5]
 class ProcessorClass:
     """What one class of image processors does where its configuration is silent, or never does.
 
-    ``defaults`` are the class's own values, ``defaults_4`` those that differ in 4.57.
-    ``pil_4_lacks`` are options that the PIL class of 4.57 does not read, and ``pil_4_sizes`` the
-    keys of ``size`` that it takes. ``rescale_first``: to float first, then the resize.
-    ``crop_pct``: ConvNeXt's way to resize. ``offset_and_top``: EfficientNet's ``rescale_offset``
-    and ``include_top``. ``grey``: the torchvision class of transformers 5 normalizes one channel of
-    any dtype to three.
+    ``defaults`` are the class's own values; of an option in ``before`` the value was another one
+    until a release. ``pil_lacks`` are options that an own PIL class (`Release`) does not read, and
+    ``pil_sizes`` the keys of ``size`` that it takes. ``rescale_first``: to float first, then the
+    resize. ``crop_pct``: ConvNeXt's way to resize. ``offset_and_top``: EfficientNet's
+    ``rescale_offset`` and ``include_top``. ``grey``: the torchvision class normalizes one channel
+    of any dtype to three in every release.
     """
 
     name: str
     defaults: Mapping[str, Any]
-    defaults_4: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, tuple[Release, Any]] = field(default_factory=dict)
     backends: tuple[Backend, ...] = ("torchvision", "pil")
-    pil_4_lacks: frozenset[str] = frozenset()
-    pil_4_sizes: tuple[str, ...] = ("height", "width")
+    pil_lacks: frozenset[str] = frozenset()
+    pil_sizes: tuple[str, ...] = ("height", "width")
     rescale_first: bool = False
     crop_pct: bool = False
     offset_and_top: bool = False
     grey: bool = False
 
-    def default(self, option: str, transformers: int) -> Any:
-        """The value of an option that a configuration leaves out, in a major of transformers."""
-        known = {**self.defaults, **(self.defaults_4 if transformers < 5 else {})}
-        return known.get(option)
+    def default(self, option: str, release: Release) -> Any:
+        """The value of an option that a configuration leaves out, in a release of transformers."""
+        until, value = self.before.get(option, (release, None))
+        return value if release < until else self.defaults.get(option)
 
 
 _SQUARE_224 = {"height": 224, "width": 224}
@@ -64,12 +66,8 @@ _CLIP = {
 CLASSES: Mapping[str, ProcessorClass] = {
     record.name: record
     for record in (
-        ProcessorClass(
-            "CLIPImageProcessor", _CLIP, pil_4_sizes=("shortest_edge", "height", "width")
-        ),
-        ProcessorClass(
-            "BitImageProcessor", _CLIP, pil_4_sizes=("shortest_edge", "height", "width")
-        ),
+        ProcessorClass("CLIPImageProcessor", _CLIP, pil_sizes=("shortest_edge", "height", "width")),
+        ProcessorClass("BitImageProcessor", _CLIP, pil_sizes=("shortest_edge", "height", "width")),
         ProcessorClass(
             "SiglipImageProcessor",
             {
@@ -80,13 +78,13 @@ CLASSES: Mapping[str, ProcessorClass] = {
                 "image_mean": _HALF,
                 "image_std": _HALF,
             },
-            defaults_4={"do_convert_rgb": False},
-            pil_4_lacks=frozenset({"do_center_crop"}),
+            before={"do_convert_rgb": (UNIFIED, False)},
+            pil_lacks=frozenset({"do_center_crop"}),
         ),
         ProcessorClass(
             "ViTImageProcessor",
             {"size": _SQUARE_224, "resample": 2, "image_mean": _HALF, "image_std": _HALF},
-            pil_4_lacks=frozenset({"do_center_crop"}),
+            pil_lacks=frozenset({"do_center_crop"}),
         ),
         ProcessorClass(
             "DeiTImageProcessor",
@@ -98,7 +96,7 @@ CLASSES: Mapping[str, ProcessorClass] = {
                 "image_mean": _HALF,
                 "image_std": _HALF,
             },
-            pil_4_lacks=frozenset({"do_convert_rgb"}),
+            pil_lacks=frozenset({"do_convert_rgb"}),
         ),
         ProcessorClass(
             "ConvNextImageProcessor",
@@ -110,9 +108,9 @@ CLASSES: Mapping[str, ProcessorClass] = {
                 "image_mean": _HALF,
                 "image_std": _HALF,
             },
-            defaults_4={"resample": 2},
-            pil_4_lacks=frozenset({"do_center_crop", "do_convert_rgb"}),
-            pil_4_sizes=("shortest_edge",),
+            before={"resample": (Release(5, 0), 2)},
+            pil_lacks=frozenset({"do_center_crop", "do_convert_rgb"}),
+            pil_sizes=("shortest_edge",),
             crop_pct=True,
         ),
         ProcessorClass(
@@ -125,8 +123,8 @@ CLASSES: Mapping[str, ProcessorClass] = {
                 "image_mean": _HALF,
                 "image_std": _HALF,
             },
-            defaults_4={"resample": 0},
-            pil_4_lacks=frozenset({"do_convert_rgb"}),
+            before={"resample": (Release(5, 0), 0)},
+            pil_lacks=frozenset({"do_convert_rgb"}),
             offset_and_top=True,
             grey=True,
         ),

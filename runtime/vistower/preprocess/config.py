@@ -10,6 +10,7 @@ from vistower.errors import ProcessorConfigError
 from vistower.preprocess.classes import Backend, ProcessorClass, class_and_backend
 from vistower.preprocess.convert import Grey, Transparency
 from vistower.preprocess.frame import CenterCrop, Edges, Size
+from vistower.preprocess.release import Release
 from vistower.preprocess.resize import Filter
 from vistower.preprocess.scaling import Scaling, Triple
 from vistower.schema import Either, Flag, ListOf, Maybe, Real, Record, SchemaError, Text, Whole
@@ -82,14 +83,14 @@ class Options:
 
     ``size`` is (height, width), or the edges of a resize that keeps the aspect ratio, or None
     without a resize. ``transparency`` says what becomes of an alpha channel before the RGB
-    conversion: blended onto white (transformers 5) or dropped (4.57). ``transformers`` is the
-    major whose rules for arrays hold. ``rescale_first`` is DINOv3's order, ``grey`` the dtypes of
+    conversion: blended onto white (transformers from 5.21 on) or dropped. ``release`` is the
+    transformers whose rules hold. ``rescale_first`` is DINOv3's order, ``grey`` the dtypes of
     which one channel serves all three.
     """
 
     processor: str
     backend: Backend
-    transformers: int
+    release: Release
     size: Size | Edges | None
     resample: Filter
     crop: CenterCrop | None
@@ -104,17 +105,17 @@ class _Config:
     """The options of a configuration, with what the class assumes where it is silent."""
 
     def __init__(
-        self, config: Mapping[str, Any], record: ProcessorClass, backend: Backend, major: int
+        self, config: Mapping[str, Any], record: ProcessorClass, backend: Backend, release: Release
     ) -> None:
-        self._config, self._record, self._major = config, record, major
-        self.is_pil_4 = backend == "pil" and major < 5
+        self._config, self._record, self._release = config, record, release
+        self.is_own_pil = backend == "pil" and release.has_own_pil_classes
 
     def get(self, name: str) -> Any:
-        if self.is_pil_4 and name in self._record.pil_4_lacks:
+        if self.is_own_pil and name in self._record.pil_lacks:
             return None
         value = self._config.get(name)
         if value is None and not (name.startswith("do_") and self._means_null(name)):
-            value = self._record.default(name, self._major)
+            value = self._record.default(name, self._release)
         return value
 
     def on(self, name: str) -> bool:
@@ -123,12 +124,12 @@ class _Config:
         return not self._means_null(name) if value is None else bool(value)
 
     def _means_null(self, name: str) -> bool:
-        """Whether a null is no silence: the PIL classes of 4.57 take it for what it says."""
-        return self.is_pil_4 and name in self._config
+        """Whether a null is no silence: own PIL classes take it for what it says."""
+        return self.is_own_pil and name in self._config
 
 
 def read_options(
-    config: Mapping[str, Any], backend: str | None, transparency: Transparency, transformers: int
+    config: Mapping[str, Any], backend: str | None, transparency: Transparency, release: Release
 ) -> Options:
     """Read a parsed ``preprocessor_config.json``; see `Preprocessor.from_config`.
 
@@ -146,28 +147,28 @@ def read_options(
             raise ProcessorConfigError(f"{key}={config[key]!r} is not reproduced.")
     if config.get("data_format") not in (None, "channels_first"):
         raise ProcessorConfigError(f"data_format={config['data_format']!r} is not reproduced.")
-    options = _Config(config, record, chosen, transformers)
-    size, crop = _geometry(options, record, chosen, transformers)
+    options = _Config(config, record, chosen, release)
+    size, crop = _geometry(options, record, chosen, release)
     scaling = _scaling(options, record)
     return Options(
         processor=str(name),
         backend=chosen,
-        transformers=transformers,
+        release=release,
         size=size,
         resample=_resample(options.get("resample"), chosen),
         crop=crop,
         convert_rgb=bool(options.get("do_convert_rgb")),
         transparency=transparency,
         rescale_first=record.rescale_first,
-        grey=_grey(record, chosen, transformers) if scaling.mean is not None else "none",
+        grey=_grey(record, chosen, release) if scaling.mean is not None else "none",
         scaling=scaling,
     )
 
 
-def _grey(record: ProcessorClass, backend: Backend, transformers: int) -> Grey:
+def _grey(record: ProcessorClass, backend: Backend, release: Release) -> Grey:
     if backend == "pil":
         return "none"
-    if record.grey or transformers < 5:
+    if record.grey or not release.normalizes_in_place:
         return "any"
     # What is no float32 is copied, normalized in place, and cannot grow to three channels.
     return "float32"
@@ -184,7 +185,7 @@ def _resample(value: Any, backend: Backend) -> Filter:
 
 
 def _geometry(
-    options: _Config, record: ProcessorClass, backend: Backend, transformers: int
+    options: _Config, record: ProcessorClass, backend: Backend, release: Release
 ) -> tuple[Size | Edges | None, CenterCrop | None]:
     """The resize, and the centre crop after it."""
     pads_ahead = backend == "pil"
@@ -196,11 +197,11 @@ def _geometry(
     given = options.get("size")
     size = _size(given, options.get("default_to_square") is not False)
     keys = ("shortest_edge",) if isinstance(size, Edges) else ("height", "width")
-    if options.is_pil_4:
-        if not set(keys) <= set(record.pil_4_sizes):
+    if options.is_own_pil:
+        if not set(keys) <= set(record.pil_sizes):
             raise ProcessorConfigError(
-                f"size={given!r}: transformers 4.57's {record.name} takes "
-                f"{', '.join(record.pil_4_sizes)}."
+                f"size={given!r}: the PIL {record.name} of transformers {release} takes "
+                f"{', '.join(record.pil_sizes)}."
             )
         # It does not look at a longest edge.
         size = Edges(size.shortest) if isinstance(size, Edges) else size
@@ -216,7 +217,7 @@ def _geometry(
         # A crop of all of it: like one, it leaves the class no other size to be asked for.
         return (edge, edge), CenterCrop((edge, edge))
     # Its torchvision class of 4.57 crops with torchvision's own function.
-    own = backend == "torchvision" and transformers < 5
+    own = backend == "torchvision" and release.major < 5
     return Edges(int(edge / part)), CenterCrop((edge, edge), own, pads_ahead)
 
 

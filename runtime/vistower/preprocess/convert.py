@@ -15,6 +15,7 @@ from vistower.errors import ImageFormatError
 from vistower.preprocess.arrays import Array, as_array, as_rgb, channels_last
 from vistower.preprocess.classes import Backend
 from vistower.preprocess.images import loaded
+from vistower.preprocess.release import Release
 
 Transparency: TypeAlias = Literal["white", "dropped"]
 Grey: TypeAlias = Literal["any", "float32", "none"]
@@ -29,14 +30,14 @@ _log = logging.getLogger("vistower")
 class Conversion:
     """How one processor reads PIL images, arrays and tensors.
 
-    ``transformers`` is the major whose rules hold: 4.57 and 5 differ in what they take. ``grey``
+    ``release`` is the transformers whose rules hold. ``grey``
     are the dtypes of which one channel is normalized to three. ``any_number``: dtypes other than
     uint8, float32 and float64 are taken; ``half``: float16 too.
     """
 
     processor: str
     backend: Backend
-    transformers: int
+    release: Release
     convert_rgb: bool
     transparency: Transparency
     grey: Grey
@@ -72,7 +73,7 @@ class Conversion:
     @property
     def _counts(self) -> tuple[int, ...]:
         """The numbers of channels by which an array's axis of channels is known."""
-        return (1, 3) if self.transformers < 5 else (1, 3, 4)
+        return (1, 3, 4) if self.release.converts_arrays else (1, 3)
 
     def _to_rgb(self, image: Image.Image) -> Image.Image:
         has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
@@ -88,11 +89,11 @@ class Conversion:
             ) from error
 
     def _reads_rows_as_channels(self, height: int) -> bool:
-        """4.57's PIL classes guess the axis of channels of a PIL image too, and the first one wins.
+        """Own PIL classes guess the axis of channels of a PIL image too, and the first one wins.
 
         One row they refuse for it; it is taken here.
         """
-        return self.transformers < 5 and self.backend == "pil" and height == 3
+        return self.release.has_own_pil_classes and self.backend == "pil" and height == 3
 
     def _from_pil(self, image: Image.Image, mode: str) -> Array:
         """(H, W, C) of an image that is not plain RGB, in the reference's layout."""
@@ -101,11 +102,13 @@ class Conversion:
             if self.backend == "pil":
                 raise self._refusal(mode)
             return array[:, :, None]
-        if self.transformers >= 5:
-            return array
         if self.backend == "torchvision":
+            if self.release.converts_arrays:
+                return array
             # torchvision's pil_to_tensor puts the channels first, then transformers guesses.
             array = array.transpose(2, 0, 1)
+        elif not self.release.has_own_pil_classes:
+            return array
         try:
             return channels_last(array, (1, 3))
         except ImageFormatError:
@@ -119,7 +122,7 @@ class Conversion:
                 f"batches to VisionEncoder.preprocess or encode."
             )
         array = channels_last(array, self._counts)
-        if self.transformers < 5 or not self.convert_rgb:
+        if not (self.release.converts_arrays and self.convert_rgb):
             return array
         if array.shape[2] == 4:
             self._check_dtype(array.dtype)
@@ -153,7 +156,7 @@ class Conversion:
 
     def _refusal(self, what: str) -> ImageFormatError:
         return ImageFormatError(
-            f"{self.processor} ({self.backend}, transformers {self.transformers}) takes no {what}, "
+            f"{self.processor} ({self.backend}, transformers {self.release}) takes no {what}, "
             f"and neither does it here. Pass image.convert('RGB'), or an array H x W x 3."
         )
 

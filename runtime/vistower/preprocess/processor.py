@@ -28,6 +28,7 @@ from vistower.preprocess.encoded import is_encoded, open_image, require_few_pixe
 from vistower.preprocess.frame import CenterCrop, Edges, Frame, Size
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.pillow_arithmetic import PillowArithmetic
+from vistower.preprocess.release import NEWEST, Release
 from vistower.preprocess.several import no_picture, plain
 from vistower.preprocess.torchvision_arithmetic import TorchvisionArithmetic, padded
 
@@ -73,7 +74,7 @@ class Preprocessor(Options):
         *,
         backend: str | None = None,
         transparency: Transparency = "white",
-        transformers: str = "5",
+        transformers: str = str(NEWEST),
     ) -> Preprocessor:
         """Read a parsed ``preprocessor_config.json``.
 
@@ -88,7 +89,7 @@ class Preprocessor(Options):
         Raises:
             ProcessorConfigError: naming the option that is not reproduced.
         """
-        options = read_options(config, backend, transparency, int(transformers.split(".")[0]))
+        options = read_options(config, backend, transparency, Release.of(transformers))
         return cls(**{field.name: getattr(options, field.name) for field in fields(options)})
 
     def resized(self, size: Size) -> Preprocessor:
@@ -155,7 +156,7 @@ class Preprocessor(Options):
         return Conversion(
             processor=self.processor,
             backend=self.backend,
-            transformers=self.transformers,
+            release=self.release,
             convert_rgb=self.convert_rgb,
             transparency=self.transparency,
             grey=self.grey,
