@@ -30,9 +30,9 @@ _log = logging.getLogger("vistower")
 class Conversion:
     """How one processor reads PIL images, arrays and tensors.
 
-    ``release`` is the transformers whose rules hold. ``grey``
-    are the dtypes of which one channel is normalized to three. ``any_number``: dtypes other than
-    uint8, float32 and float64 are taken; ``half``: float16 too.
+    ``release`` is the transformers whose rules hold. ``grey`` are the dtypes of which one channel
+    is normalized to three. ``any_number``: dtypes other than uint8, float32 and float64 are taken;
+    ``half``: float16 too.
     """
 
     processor: str
