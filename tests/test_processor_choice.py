@@ -23,7 +23,7 @@ from transformers.image_utils import load_image
 
 from command_line import run
 from hub_server import HubServer, Repo
-from processors import EVERY, MAJOR, expected, reference, reproduced
+from processors import EVERY, OWN_PIL, RELEASE, expected, reference, reproduced
 from test_source import TOWER, User
 from vistower.bundle import Bundle
 from vistower.errors import (
@@ -141,7 +141,7 @@ def test_a_checkpoint_exports_with_the_processor_its_file_names(
     pictures: tuple[Path, ...],
     tmp_path: Path,
 ) -> None:
-    if MAJOR < 5 and name == "DINOv3ViTImageProcessor":
+    if OWN_PIL and name == "DINOv3ViTImageProcessor":
         name = "DINOv3ViTImageProcessorFast"
     source = request.getfixturevalue(f"{family}_checkpoint")
     files = {"preprocessor_config": {"image_processor_type": name, **sized(name)}}
@@ -224,7 +224,7 @@ def test_the_backend_is_transformers_choice_or_the_one_asked_for(
     checkpoint = with_files(source, tmp_path / "checkpoint", **files)
     asked: dict[str, Any] = {}
     if backend is not None:
-        asked = {"backend": backend} if MAJOR >= 5 else {"use_fast": backend == "torchvision"}
+        asked = {"backend": backend} if not OWN_PIL else {"use_fast": backend == "torchvision"}
     try:
         expected = AutoImageProcessor.from_pretrained(checkpoint, **asked)
     except ValueError:
@@ -243,7 +243,7 @@ def test_the_backend_is_transformers_choice_or_the_one_asked_for(
     assert found == (backend or found)
     # The one place where the majors differ.
     if backend is None and ending == "":
-        assert found == ("torchvision" if MAJOR >= 5 else "pil")
+        assert found == ("torchvision" if not OWN_PIL else "pil")
 
 
 def test_a_backend_that_is_none_is_refused(clip_checkpoint: Path, tmp_path: Path) -> None:
@@ -258,13 +258,13 @@ def test_a_bundle_hands_its_processor_on(
     bundle = export(clip_checkpoint, tmp_path / "bundle", backend=backend)
     assert bundle.manifest is not None
     assert bundle.manifest.preprocessing.backend == backend
-    asked = {"backend": backend} if MAJOR >= 5 else {"use_fast": backend == "torchvision"}
+    asked = {"backend": backend} if not OWN_PIL else {"use_fast": backend == "torchvision"}
     reference = AutoImageProcessor.from_pretrained(clip_checkpoint, **asked)
     assert bundle.manifest.preprocessing.processor == type(reference).__name__
     assert worst(reference, bundle, pictures) <= 1e-4
     # 4.57 takes the right one unasked; 5 takes torchvision, whatever the file says.
     again = AutoImageProcessor.from_pretrained(
-        bundle.directory, **(asked if MAJOR >= 5 and backend == "pil" else {})
+        bundle.directory, **(asked if not OWN_PIL and backend == "pil" else {})
     )
     assert type(again) is type(reference)
     assert worst(again, bundle, pictures) <= 1e-4
@@ -297,7 +297,7 @@ def test_when_auto_processor_agrees(name: str, clip_checkpoint: Path, tmp_path: 
     checkpoint = whole_clip(clip_checkpoint, tmp_path / "clip", name)
     found = AutoProcessor.from_pretrained(checkpoint).image_processor
     chosen = hf.load_processor(checkpoint)
-    if MAJOR >= 5 or name == "CLIPImageProcessor":
+    if not OWN_PIL or name == "CLIPImageProcessor":
         assert type(found) is type(chosen)
         assert found.to_dict() == chosen.to_dict()
         return
@@ -434,7 +434,7 @@ def has_size(preprocessor: Preprocessor) -> bool:
 def test_the_gate_knows_what_becomes_of_alpha(pictures: tuple[Path, ...]) -> None:
     processor = reference("CLIPImageProcessor")
     right = hf.transparency(processor)
-    assert right == ("white" if MAJOR >= 5 else "dropped")
+    assert right == ("white" if RELEASE.converts_arrays else "dropped")
     wrong = replace(reproduced(processor), transparency="dropped" if right == "white" else "white")
     with pytest.raises(ParityError, match="as a PIL image of mode"):
         require_same_processor(processor, wrong, pictures)
@@ -447,8 +447,8 @@ def test_the_command_line_names_class_backend_and_file(
     checkpoint = with_files(clip_checkpoint, tmp_path / "checkpoint", **files)
     code, text, errors = run(capsys, "export", checkpoint, "--output", tmp_path / "bundle")
     assert code == 0, errors
-    name = "CLIPImageProcessor" if MAJOR >= 5 else "CLIPImageProcessorFast"
-    file = "processor_config.json" if MAJOR >= 5 else "preprocessor_config.json"
+    name = "CLIPImageProcessor" if not OWN_PIL else "CLIPImageProcessorFast"
+    file = "processor_config.json" if not OWN_PIL else "preprocessor_config.json"
     assert f"the processor is {name} (torchvision), from {file}" in errors
     assert f"against {name} (torchvision)" in text
     command = ["export", checkpoint, "--output", tmp_path / "other", "--processor-backend"]
