@@ -267,3 +267,55 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     ))
 """
     assert run(script, clip_bundle) == ["True", "True"]
+
+
+def test_a_child_has_the_features_its_parent_had(clip_bundle: Path) -> None:
+    script = """
+from vistower import CLIPMixin
+mixin = CLIPMixin(model_path=BUNDLE, device="cpu")
+want = mixin.get_cls_feature(IMAGES[0])
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        for image in IMAGES:
+            mixin.get_features(image)
+threads = [threading.Thread(target=busy) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(8):
+    # Four pictures are kept, which are all there are.
+    print(child(lambda: np.array_equal(mixin.get_cls_feature(IMAGES[0]), want)))
+stop.set()
+for thread in threads:
+    thread.join()
+import pickle
+print(child(lambda: pickle.loads(pickle.dumps(mixin)).get_cls_feature(255 - IMAGES[0]).shape))
+print(child(lambda: mixin.get_cls_feature(255 - IMAGES[0])))
+"""
+    *kept, reopened, new = run(script, clip_bundle, VISTOWER_OUTPUT="numpy")
+    assert kept == ["True"] * 8
+    assert reopened == "(64,)"
+    assert new.startswith("InferenceError: This encoder was made before")
+
+
+def test_a_fork_while_the_feature_cache_changes(clip_bundle: Path) -> None:
+    script = """
+from vistower.mixins.feature_cache import FeatureCache
+class Slow(np.ndarray):
+    def __len__(self):
+        inside.set()
+        time.sleep(0.3)
+        return 1
+inside, cache = threading.Event(), FeatureCache()
+slow = np.zeros((1, 3, 4, 4), np.float32).view(Slow)
+other = np.ones((1, 3, 4, 4), np.float32)
+compute = lambda pixels: np.asarray(pixels) + 1
+assert cache.forward(other, compute)[0, 0, 0, 0] == 2
+thread = threading.Thread(target=cache.forward, args=(slow, compute))
+thread.start()
+inside.wait()
+time.sleep(0.4)
+print(child(lambda: cache.forward(other, compute)[0, 0, 0, 0]))
+thread.join()
+"""
+    assert run(script, clip_bundle) == ["2.0"]

@@ -9,8 +9,6 @@ and counts as many.
 from __future__ import annotations
 
 import os
-import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +27,15 @@ DEFAULT_SIZE = 4
 
 
 class FeatureCache:
-    """``last_hidden_state`` of the last pictures. Thread-safe; pickled empty."""
+    """``last_hidden_state`` of the last pictures. Thread-safe; pickled empty.
+
+    There is no lock, which a forked child could inherit held: entries are replaced as a whole, and
+    of two that come at the same moment one may be lost, and is computed again.
+    """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._lock = threading.Lock()
-        self._entries: deque[tuple[Array, Array]] = deque()
+        self._entries: tuple[tuple[Array, Array], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureCache, ()
@@ -50,16 +51,14 @@ class FeatureCache:
         size = _size()
         if len(pixel_values) > size:
             return compute(pixel_values)
-        with self._lock:
-            entries = list(self._entries)
-        for entry in entries:
+        for entry in self._entries:
             if np.array_equal(entry[0], pixel_values):
                 return entry[1].copy()
         state = compute(pixel_values)
-        with self._lock:
-            self._entries.appendleft((pixel_values, state))
-            while sum(len(pixels) for pixels, _ in self._entries) > size:
-                self._entries.pop()
+        entries = (pixel_values, state), *self._entries
+        while sum(len(pixels) for pixels, _ in entries) > size:
+            entries = entries[:-1]
+        self._entries = entries
         return state.copy()
 
 
