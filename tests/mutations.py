@@ -207,7 +207,7 @@ def main() -> None:
     for number in range(arguments.first, arguments.first + arguments.count):
         print(number, end="\r", file=sys.stderr, flush=True)
         what = mutate(bundle, number)
-        start = time.perf_counter()
+        trace, start = "", time.perf_counter()
         try:
             use(bundle, picture, verify=number % 4 == 0)
             outcome = "accepted"
@@ -217,10 +217,10 @@ def main() -> None:
             if not str(error).isprintable():
                 outcome = "UNPRINTABLE"
         except Exception:
-            outcome = "ESCAPED"
+            outcome, trace = "ESCAPED", traceback.format_exc()[-1500:]
         slowest = max(slowest, (time.perf_counter() - start, number))
         if outcome.isupper():
-            print(number, what, outcome, traceback.format_exc()[-1500:], flush=True)
+            print(number, what, outcome, trace, flush=True)
         counts[f"{what.split()[0]}: {outcome}"] += 1
         restore(bundle, arguments.bundle)
     for line, count in sorted(counts.items()):

@@ -49,6 +49,8 @@ MANIFESTS: list[tuple[str, Any]] = [
     *(("preprocessing.backend", x) for x in ("numpy", None, 1)),
     *(("preprocessing.transparency", x) for x in ("black", None)),
     *(("made_with", x) for x in ({"a": 1}, {"\x07": "1"}, None, [])),
+    *(("made_with", x) for x in ({}, {"torch": "2.14.1"})),
+    *(("made_with.transformers", x) for x in ("../../x", "", "five", "5", "x5.23.0", "\u0665.1")),
     *(("weight_bytes", x) for x in (-1, 1.0, "1", None)),
     *((key, 1) for key in ("extra", "graphs.ort.extra", "layout.extra", "source.extra")),
 ]

@@ -15,8 +15,9 @@ from typing import Any, get_args
 
 from vistower.backbones import Family
 from vistower.bundle.reading import read_json
-from vistower.errors import BundleCorruptError, BundleUnsupportedError
+from vistower.errors import BundleCorruptError, BundleUnsupportedError, ProcessorConfigError
 from vistower.preprocess.processor import Backend, Pixels, Transparency
+from vistower.preprocess.release import Release
 from vistower.schema import (
     Choice,
     Flag,
@@ -355,6 +356,10 @@ def _check_relations(manifest: Manifest) -> None:
             raise SchemaError(f"files lacks {name}")
     if MANIFEST_FILE in files:
         raise SchemaError(f"files has {MANIFEST_FILE} itself")
+    try:
+        Release.of(manifest.made_with.get("transformers", ""))
+    except ProcessorConfigError as error:
+        raise SchemaError(f"made_with.transformers: {error}") from error
     patch = manifest.layout.patch_size
     sizes = {"layout": manifest.layout.image_size}
     for name, graph in manifest.graphs.items():

@@ -25,7 +25,7 @@ class Release:
         Raises:
             ProcessorConfigError: it is no version.
         """
-        numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version)
+        numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version, re.ASCII)
         if numbers is None:
             raise ProcessorConfigError(f"{version!r} is no version of transformers.")
         return cls(int(numbers[1]), int(numbers[2]))
