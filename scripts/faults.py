@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import campaign
 from conftest import tiny_checkpoint
 from nursery import Nursery
+from vistower.families.clip import FAMILY as CLIP
+from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower_export.pictures import SAMPLES
-from vistower_export.towers import CLIP, DINOV3
 
 
 def tallies(folder: Path, count: int, seed: int) -> Iterator[campaign.Tally]:

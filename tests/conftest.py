@@ -21,10 +21,29 @@ from vistower.execution.cuda_problems import problems
 from vistower.execution.device import Device
 
 if TYPE_CHECKING:
-    from vistower_export.towers import TowerFamily
+    from vistower.families import Family
 
 PREPARED = "VISTOWER_TEST_MODELS"
 RELEASED_CLIP = "CLIPImageProcessor"
+
+_SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 224,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {**_SMALL, "patch_size": 32, "projection_dim": 24},
+    "dinov3_vit": {**_SMALL, "patch_size": 16, "num_register_tokens": 4},
+}
+"""Model type → settings of its tiny checkpoint."""
+
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip_vision_model": ("CLIPImageProcessor", {}),
+    "dinov3_vit": ("DINOv3ViTImageProcessor", {}),
+}
+"""Model type → its image processor's class and options."""
 
 # optimum-onnx needs transformers 4.57: scripts/test runs its test in that environment.
 collect_ignore = [] if importlib.util.find_spec("optimum") else ["test_optimum.py"]
@@ -51,9 +70,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def tiny_checkpoint(
-    directory: Path, family: TowerFamily, *, seed: int = 0, scaled: bool = False, **changes: Any
+    directory: Path,
+    family: Family,
+    *,
+    seed: int = 0,
+    scaled: bool = False,
+    hf_class: str | None = None,
+    **changes: Any,
 ) -> Path:
     """Save a two-layer model with non-neutral weights, and its processor.
+
+    ``hf_class`` is another class of transformers than the family's plain one.
 
     With ``scaled``, matrices keep the variance of what passes through them, as trained ones do:
     then float32 rounding reaches the tokens no larger than it does in a real tower.
@@ -61,25 +88,13 @@ def tiny_checkpoint(
     import torch
     import transformers
 
-    from vistower_export.towers import CLIP
-
-    config_class = transformers.CLIPVisionConfig if family is CLIP else transformers.DINOv3ViTConfig
-    settings: dict[str, Any] = {
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-        "vistower_random_weights": True,
-    }
-    if family is CLIP:
-        settings |= {"patch_size": 32, "image_size": 224}
-    else:
-        settings |= {"patch_size": 16, "image_size": 224, "num_register_tokens": 4}
+    settings = {"vistower_random_weights": True, **TINY[family.model_type], **changes}
+    config = getattr(transformers, family.config_class)(**settings)
     torch.manual_seed(seed)
-    model = getattr(transformers, family.hf_class)(config_class(**(settings | changes)))
+    model = getattr(transformers, hf_class or family.hf_class)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "layer_scale" in name:
+            if "layer_scale" in name or name.endswith("gamma"):
                 parameter.uniform_(0.2, 0.8)
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -88,10 +103,10 @@ def tiny_checkpoint(
             else:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(directory)
-    processor = "CLIPImageProcessor" if family is CLIP else "DINOv3ViTImageProcessor"
+    processor, options = PROCESSORS[family.model_type]
     # 4.57's name of the torchvision one.
     ending = "" if int(transformers.__version__.split(".")[0]) >= 5 else "Fast"
-    getattr(transformers, processor + ending)().save_pretrained(directory)
+    getattr(transformers, processor + ending)(**options).save_pretrained(directory)
     return directory
 
 
@@ -105,7 +120,8 @@ def tiny_bundle(checkpoint: Path, output: Path) -> Path:
 
 def prepare(folder: Path) -> None:
     """Write the checkpoints and bundles of the fixtures below to a folder."""
-    from vistower_export.towers import CLIP, DINOV3
+    from vistower.families.clip import FAMILY as CLIP
+    from vistower.families.dinov3 import FAMILY as DINOV3
 
     for name, family in (("tiny-clip", CLIP), ("tiny-dinov3", DINOV3)):
         checkpoint = tiny_checkpoint(folder / "checkpoints" / name, family)
@@ -118,7 +134,8 @@ def prepare_scaled(folder: Path) -> None:
     CLIP's processor is named as the released repositories name it: transformers decides what that
     is.
     """
-    from vistower_export.towers import CLIP, DINOV3
+    from vistower.families.clip import FAMILY as CLIP
+    from vistower.families.dinov3 import FAMILY as DINOV3
 
     sizes = {"hidden_size": 128, "intermediate_size": 256, "scaled": True}
     for name, family in (("scaled-clip", CLIP), ("scaled-dinov3", DINOV3)):

@@ -43,14 +43,14 @@ def expected(encoder: VisionEncoder) -> np.ndarray:
 def batches(encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of each forward pass, made slow enough for callers to gather."""
     sizes: list[int] = []
-    run = encoder.session.run
+    run = encoder.session.compute
 
-    def slow(pixel_values: np.ndarray) -> np.ndarray:
+    def slow(pixel_values: np.ndarray, wanted: Any) -> Any:
         sizes.append(len(pixel_values))
         time.sleep(0.02)
-        return run(pixel_values)
+        return run(pixel_values, wanted)
 
-    monkeypatch.setattr(encoder.session, "run", slow)
+    monkeypatch.setattr(encoder.session, "compute", slow)
     return sizes
 
 
@@ -113,12 +113,12 @@ def test_an_error_reaches_its_own_caller(encoder: VisionEncoder, expected: np.nd
 def test_a_failed_batch_reaches_each_of_its_callers(
     encoder: VisionEncoder, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(pixel_values: np.ndarray) -> np.ndarray:
+    def fails(pixel_values: np.ndarray, wanted: Any) -> Any:
         raise InferenceError("out of memory")
 
     with DynamicBatcher(encoder) as batcher:
         with monkeypatch.context() as patch:
-            patch.setattr(encoder.session, "run", fails)
+            patch.setattr(encoder.session, "compute", fails)
             futures = [batcher.submit(image) for image in IMAGES[:3]]
             errors = [future.exception() for future in futures]
         assert all(isinstance(error, InferenceError) for error in errors)
@@ -243,14 +243,14 @@ def test_every_kind_of_exception_reaches_its_caller(
     expected: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    prepare, run = type(encoder.processor).__call__, encoder.session.run
+    prepare, run = type(encoder.processor).__call__, encoder.session.compute
 
     def fails(self: Any, image: Any, out: Any = None) -> Any:
         if image is IMAGES[1]:
             raise error("while preparing")
         return prepare(self, image, out)
 
-    def breaks(pixel_values: np.ndarray) -> np.ndarray:
+    def breaks(pixel_values: np.ndarray, wanted: Any) -> Any:
         raise error("while computing")
 
     with DynamicBatcher(encoder) as batcher:
@@ -261,21 +261,21 @@ def test_every_kind_of_exception_reaches_its_caller(
             with pytest.raises(error, match="while preparing"):
                 batcher.submit(IMAGES[1]).result(timeout=30)
             answered(batcher, expected)
-            patch.setattr(encoder.session, "run", breaks)
+            patch.setattr(encoder.session, "compute", breaks)
             with pytest.raises(InferenceError, match="while computing") as caught:
                 batcher.encode(IMAGES[0])
             assert type(caught.value.__cause__) is error
-        assert encoder.session.run == run
+        assert encoder.session.compute == run
         answered(batcher, expected)
 
 
 def test_a_batchs_error_keeps_its_type(
     encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(pixel_values: np.ndarray) -> np.ndarray:
+    def fails(pixel_values: np.ndarray, wanted: Any) -> Any:
         raise BatchMemoryError("no memory left")
 
-    monkeypatch.setattr(encoder.session, "run", fails)
+    monkeypatch.setattr(encoder.session, "compute", fails)
     with DynamicBatcher(encoder) as batcher, pytest.raises(BatchMemoryError, match="no memory"):
         batcher.encode(IMAGES[0])
 

@@ -27,10 +27,11 @@ from conftest import tiny_checkpoint
 from consumers import SCORES, Box, clip_pipe, square_crop
 from torch_mixins import TorchCLIP, TorchCLIPMixin, TorchDINOv3
 from vistower import CLIPMixin, DINOv3Mixin
+from vistower.families.clip import FAMILY as CLIP
+from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
-from vistower_export.towers import CLIP, DINOV3
 
 RELATIVE = 1e-6
 MODES = (None, "inner", "outer")

@@ -39,6 +39,7 @@ from vistower.execution.providers import cuda_options
 from vistower.execution.replicas import Replicas
 from vistower.execution.session import Session
 from vistower.execution.tensorrt import EngineKey, tensorrt_options
+from vistower.families import find_family
 from vistower.precision import choose_precision
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
@@ -470,7 +471,7 @@ def test_precision_rules(
     choice = choose_precision(
         wanted,
         parse_device(device) or Device("cpu"),
-        model_type=family,
+        family=find_family(family),
         available=("fp32", "fp16", "bf16", "int8"),
         compute_capability=capability,
     )
@@ -494,7 +495,7 @@ def test_precision_is_had_or_refused(wanted: str, device: str, capability: Any, 
         choose_precision(
             wanted,
             parse_device(device) or Device("cpu"),
-            model_type="dinov3_vit",
+            family=find_family("dinov3_vit"),
             available=("fp32", "bf16"),
             compute_capability=capability,
         )
@@ -804,8 +805,11 @@ def test_devices_share_a_batch(clip_bundle: Path, tokens: np.ndarray[Any, Any]) 
     assert [session.threads for session in encoder.session.sessions] == [1, 1, 1]
     counted: list[int] = []
     for session in encoder.session.sessions:
-        plain = session.run
-        session.run = lambda batch, plain=plain: (counted.append(len(batch)), plain(batch))[1]  # type: ignore[method-assign]
+        plain = session.compute
+        session.compute = lambda batch, wanted, plain=plain: (  # type: ignore[method-assign]
+            counted.append(len(batch)),
+            plain(batch, wanted),
+        )[1]
     assert np.abs(encoder.forward(pixels(7)) - tokens).max() <= 1e-5
     assert sorted(counted) == [2, 2, 3]
     assert len(encoder.warmup((2,))) == 3

@@ -362,7 +362,7 @@ def test_an_unwritable_output_is_said_before_the_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(VisionEncoder, "forward", pytest.fail)
+    monkeypatch.setattr(VisionEncoder, "compute", pytest.fail)
     (tmp_path / "file").write_text("x")
     place = output.format(file=tmp_path / "file", long=tmp_path / ("n" * 300))
     code, _, errors = run(capsys, "embed", clip_bundle, SAMPLES[0], "--output", place)
@@ -387,11 +387,11 @@ def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
             pass
         # Of another output in the same folder.
         with embedding_files.embedding_file(tmp_path / "p.npy", 0) as other:
-            other.write(["b"], np.ones((1, 4), np.float32))
-        first.write(["a"], np.zeros((1, 4), np.float32))
+            other.write(["b"], {"cls": np.ones((1, 4), np.float32)})
+        first.write(["a"], {"cls": np.zeros((1, 4), np.float32)})
     assert sorted(outputs(tmp_path)) == ["o.names.json", "o.npy", "p.names.json", "p.npy"]
     with embedding_files.embedding_file(output, 0) as again:
         (tmp_path / "o.npy").write_bytes(b"written by something else meanwhile")
         with pytest.raises(OutputExistsError, match=r"changed while"):
-            again.write(["c"], np.zeros((1, 4), np.float32))
+            again.write(["c"], {"cls": np.zeros((1, 4), np.float32)})
     assert (tmp_path / "o.npy").read_bytes() == b"written by something else meanwhile"

@@ -26,12 +26,13 @@ from vistower.errors import (
     ProcessorConfigError,
     UnsupportedArchitectureError,
 )
+from vistower.families.clip import FAMILY as CLIP
+from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower.golden import replay
 from vistower_export.checkpoint import write_random_checkpoint
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
-from vistower_export.towers import CLIP, DINOV3
 
 STANDARD_DOMAINS = {"", "ai.onnx"}
 

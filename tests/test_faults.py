@@ -81,8 +81,8 @@ def test_an_interrupted_embed_says_so_and_leaves_nothing(
     output = tmp_path / "o.npz"
     slow = (
         "import time, vistower.encoder as e\n"
-        "forward = e.VisionEncoder.forward\n"
-        "e.VisionEncoder.forward = lambda *a: (time.sleep(0.4), forward(*a))[1]\n"
+        "forward = e.VisionEncoder.compute\n"
+        "e.VisionEncoder.compute = lambda *a: (time.sleep(0.4), forward(*a))[1]\n"
         "import os; os.set_blocking(2, True)\n"
     )
     going = nursery.start(

@@ -106,7 +106,7 @@ def test_a_gpu_takes_half_precision_by_itself_and_the_cpu_does_not(
         choice = choose_precision(
             "auto",
             Device(device),
-            model_type=bundle.model_type,
+            family=bundle.family,
             available=tuple(graphs),
             compute_capability=(9, 0),
         )

@@ -33,11 +33,11 @@ from vistower.errors import (
     OptionError,
     OutputTypeError,
 )
+from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower.mixins.results import FeatureArray
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
-from vistower_export.towers import DINOV3
 
 TOLERANCE = 1e-5
 RNG = np.random.default_rng(7)
@@ -626,13 +626,13 @@ except Exception as error:
 def forwards(clip: CLIPMixin, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each forward pass of the fixture `clip`."""
     calls: list[int] = []
-    run = clip.model.encoder.session.run
+    run = clip.model.encoder.session.compute
 
-    def counted(pixel_values: np.ndarray) -> np.ndarray:
+    def counted(pixel_values: np.ndarray, wanted: Any) -> Any:
         calls.append(len(pixel_values))
-        return run(pixel_values)
+        return run(pixel_values, wanted)
 
-    monkeypatch.setattr(clip.model.encoder.session, "run", counted)
+    monkeypatch.setattr(clip.model.encoder.session, "compute", counted)
     return calls
 
 

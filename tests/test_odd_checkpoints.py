@@ -21,8 +21,8 @@ from command_line import run
 from hub_server import HubServer, Repo, commit_sha
 from test_source import TOWER, User
 from vistower import VisionEncoder, errors
-from vistower.backbones import CONFIG_DEFAULTS
 from vistower.bundle import Bundle
+from vistower.families import built_in
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
@@ -254,10 +254,12 @@ def test_a_vision_config_that_omits_its_defaults(tmp_path: Path) -> None:
         assert Bundle.load(bundle.directory).layout == bundle.layout
 
 
-def test_the_defaults_of_the_architectures_are_those_of_transformers() -> None:
-    for config in (transformers.CLIPVisionConfig(), transformers.DINOv3ViTConfig()):
-        assert CONFIG_DEFAULTS[config.model_type].items() <= config.to_dict().items()
-    assert CONFIG_DEFAULTS.keys() == {"clip_vision_model", "dinov3_vit"}
+@pytest.mark.parametrize("model_type", built_in())
+def test_the_defaults_of_the_architectures_are_those_of_transformers(model_type: str) -> None:
+    family = built_in()[model_type]
+    config = getattr(transformers, family.config_class)()
+    assert config.model_type == model_type
+    assert family.config_defaults.items() <= config.to_dict().items()
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])

@@ -13,7 +13,11 @@ from transformers.image_utils import load_image
 
 from vistower import DINOv3Mixin, VisionEncoder
 from vistower.bundle import Bundle
-from vistower.errors import BundleNotFoundError, UnsupportedArchitectureError
+from vistower.errors import (
+    BundleNotFoundError,
+    ProcessorConfigError,
+    UnsupportedArchitectureError,
+)
 from vistower.golden import replay
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
@@ -70,7 +74,7 @@ def test_every_graph_has_its_certificate_and_the_weights_are_stored_once(bundle:
     }
     # Pixels of five golden arrays; three pictures at the first size and one at each other, for
     # the three precisions a CPU runs.
-    assert len(list(replay(bundle))) == 5 + 3 * 5
+    assert len(list(replay(bundle))) == 5 + 2 * 3 * 5
 
 
 def test_precision_and_resolution_combine(bundle: Bundle) -> None:
@@ -117,8 +121,36 @@ def test_a_size_the_patches_do_not_tile_is_refused(
         )
 
 
-def test_clip_has_one_size(clip_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedArchitectureError, match="learned position embedding"):
+def test_clip_at_another_size_is_torch_with_interpolated_positions(
+    clip_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = resolve_checkpoint(str(clip_checkpoint))
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", resolutions=[(320, 320), (224, 224)])
+    processor = transformers.AutoImageProcessor.from_pretrained(clip_checkpoint, use_fast=True)
+    model = transformers.CLIPVisionModel.from_pretrained(clip_checkpoint).eval()
+    for size in (320, 224):
+        inputs = processor(
+            images=load_image(str(SAMPLES[0])),
+            size={"shortest_edge": size},
+            crop_size={"height": size, "width": size},
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            expected = model(**inputs, interpolate_pos_encoding=True)
+        found = VisionEncoder.open(bundle.directory, device="cpu", resolution=(size, size)).encode(
+            SAMPLES[0]
+        )
+        tokens = np.concatenate([found.cls[:, None], found.patches], axis=1)
+        for have, want in (
+            (tokens, expected.last_hidden_state.numpy()),
+            (found.pooled, expected.pooler_output.numpy()),
+        ):
+            norm = np.linalg.norm(want, axis=-1).min()
+            assert np.abs(have - want).max() / norm <= 2e-5
+
+
+def test_a_crop_is_a_square_at_every_size(clip_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ProcessorConfigError, match="cuts the middle 224x224"):
         export_bundle(
-            resolve_checkpoint(str(clip_checkpoint)), tmp_path / "bundle", resolutions=[(256, 256)]
+            resolve_checkpoint(str(clip_checkpoint)), tmp_path / "bundle", resolutions=[(256, 224)]
         )

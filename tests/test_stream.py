@@ -194,14 +194,14 @@ def test_a_failed_forward_is_raised_whatever_the_policy(
     dinov3_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = VisionEncoder.open(dinov3_bundle, device="cpu")
-    run, calls = encoder.session.run, itertools.count()
+    run, calls = encoder.session.compute, itertools.count()
 
-    def fails_later(pixel_values: np.ndarray) -> np.ndarray:
+    def fails_later(pixel_values: np.ndarray, wanted: Any) -> Any:
         if next(calls) == 2:
             raise InferenceError("out of memory")
-        return run(pixel_values)
+        return run(pixel_values, wanted)
 
-    monkeypatch.setattr(encoder.session, "run", fails_later)
+    monkeypatch.setattr(encoder.session, "compute", fails_later)
     stream = encoder.encode_stream(shapes(20), batch_size=4, on_error="skip")
     assert [next(stream).index for _ in range(8)] == list(range(8))
     with pytest.raises(InferenceError, match="out of memory"):
@@ -282,7 +282,7 @@ def test_the_garbage_collector_may_end_a_stream_in_its_own_thread(
     thread: str, dinov3_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = VisionEncoder.open(dinov3_bundle, device="cpu")
-    run, prepare = encoder.session.run, type(encoder.processor).__call__
+    run, prepare = encoder.session.compute, type(encoder.processor).__call__
     dropped, collected = threading.Event(), threading.Event()
 
     def collect_there() -> None:
@@ -295,16 +295,16 @@ def test_the_garbage_collector_may_end_a_stream_in_its_own_thread(
             gc.collect()
             collected.set()
 
-    def running(pixel_values: np.ndarray) -> np.ndarray:
+    def running(pixel_values: np.ndarray, wanted: Any) -> Any:
         collect_there()
         computed.append(1)
-        return run(pixel_values)
+        return run(pixel_values, wanted)
 
     def preparing(self: Any, image: Any, out: Any = None) -> Any:
         collect_there()
         return prepare(self, image, out)
 
-    monkeypatch.setattr(encoder.session, "run", running)
+    monkeypatch.setattr(encoder.session, "compute", running)
     monkeypatch.setattr(type(encoder.processor), "__call__", preparing)
     calls, computed = itertools.count(), list[int]()
     cycle: list[Any] = [encoder.encode_stream(shapes(99), batch_size=1, prefetch=9, workers=1)]
@@ -369,13 +369,13 @@ def test_asyncio_leaves_the_loop_free(encoder: VisionEncoder, monkeypatch: Any) 
             await asyncio.sleep(0.001)
             ticks += 1
 
-    run = encoder.session.run
+    run = encoder.session.compute
 
-    def slow(pixel_values: np.ndarray) -> np.ndarray:
+    def slow(pixel_values: np.ndarray, wanted: Any) -> Any:
         time.sleep(0.05)
-        return run(pixel_values)
+        return run(pixel_values, wanted)
 
-    monkeypatch.setattr(encoder.session, "run", slow)
+    monkeypatch.setattr(encoder.session, "compute", slow)
 
     async def stream() -> None:
         clock = asyncio.create_task(tick())

@@ -30,6 +30,7 @@ from vistower.errors import (
     VistowerError,
 )
 from vistower.golden import replay
+from vistower.tokens import TokenLayout
 from vistower_export.pictures import SAMPLES
 
 
@@ -73,6 +74,14 @@ def test_the_layout_is_compared_with_config_and_graph(
     forged.config(bundle, "config.json", **config)
     if place == "layout.image_size":
         forged.put(bundle, "graphs.portable.image_size", value)
+    with pytest.raises(BundleCorruptError, match=r"says|is said to"):
+        opened(bundle, "ort")
+    # And where the shapes of the outputs agree with the forged layout.
+    layout = TokenLayout(**json.loads((bundle / "vistower.json").read_text())["layout"])
+    for name in ("ort", "portable"):
+        shape = [layout.num_tokens, layout.hidden_size]
+        if place != "layout.image_size":
+            forged.put(bundle, f"graphs.{name}.outputs.last_hidden_state", shape)
     with pytest.raises(BundleCorruptError, match=r"says|is said to"):
         opened(bundle, "ort")
 
@@ -348,7 +357,7 @@ def test_only_our_errors_come_out_of_a_damaged_bundle(
 
 def test_the_untouched_bundle_passes(bundle: Path) -> None:
     mutations.use(bundle, SAMPLES[0])
-    assert len(list(replay(Bundle.load(bundle)))) == 9
+    assert len(list(replay(Bundle.load(bundle)))) == 15
     assert json.loads((bundle / "vistower.json").read_text())["format_version"] == 1
 
 

@@ -14,10 +14,10 @@ from command_line import run
 from conftest import tiny_checkpoint
 from vistower.bundle import Bundle
 from vistower.errors import CheckpointError, CheckpointNotFoundError, EmptyInputError
+from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower_export.pictures import SAMPLES
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
-from vistower_export.towers import DINOV3
 from vistower_export.verdict import judge
 
 

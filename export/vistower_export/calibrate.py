@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.execution.ort import onnxruntime
+from vistower.families.record import OUTPUTS
 from vistower.preprocess.images import ImageInput
 from vistower.tolerance import TOLERANCES
 from vistower_export.forms import INT8, ORT
 from vistower_export.graph import write_graph
 from vistower_export.parity import compare, passes
 from vistower_export.quantize import (
-    FLOAT_PRODUCTS,
     Quantization,
     Statistics,
     quantize,
@@ -74,7 +74,7 @@ def observe(runs: Iterable[tuple[Path, Iterable[Array]]]) -> dict[str, Statistic
     running: dict[str, _Running] = {}
     for graph, pixel_values in runs:
         session = onnxruntime().InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()][1:]
+        names = [x.name for x in session.get_outputs() if x.name not in OUTPUTS]
         for value in pixel_values:
             for name, seen in zip(names, session.run(names, {"pixel_values": value}), strict=True):
                 running.setdefault(name, _Running()).add(seen)
@@ -110,7 +110,7 @@ def calibrate(
     smoothed = [smooth(tower, statistics) for tower in folded]
     tower, even = smoothed[0]
     products = write_graph(tower, ORT).products
-    everything = quantize(products, even, keep=FLOAT_PRODUCTS)
+    everything = quantize(products, even)
     sample = {str(index): value for index, value in enumerate(runs[0][1])} | dict(gate)
     chosen = _within_tolerance(graphs, tower, products, even, everything, sample)
     return Calibrated(

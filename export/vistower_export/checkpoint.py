@@ -13,12 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistower.backbones import Backbone, find_backbone
+from vistower.backbones import find_backbone
 from vistower.bundle import sha256
 from vistower.bundle.manifest import FileRecord
+from vistower.families import Family
+from vistower.families.record import Backbone, GatedNames
 from vistower.places import as_output_error, require_space
 from vistower.staging import staged
 from vistower_export.ownership import Kind, may_write
+from vistower_export.towers import family_of
+from vistower_export.weights import released_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 RANDOM_WEIGHTS_KEY = "vistower_random_weights"
 SEED_KEY = "vistower_seed"
+
+_SCALES = ("lambda1", "gamma")
+"""Leaves of the names of LayerScale."""
 
 _README = """\
 Random weights: a vistower test checkpoint of {name}, not a trained model.
@@ -114,13 +121,18 @@ def _write_model(backbone: Backbone, directory: Path, seed: int) -> None:
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
+    family = family_of({"model_type": backbone.family})
+    names = family.weights
     model = _empty_model(backbone)
     model.to_empty(device="cpu")
     generator = np.random.default_rng(seed)
     state_dict = {}
     for name, parameter in model.named_parameters():
-        _draw(name, parameter.detach().numpy(), backbone, generator)
-        state_dict[_released_name(name, backbone)] = parameter.detach()
+        name = name if names is None else released_name(name, names)
+        _draw(name, parameter.detach().numpy(), backbone, family, generator)
+        state_dict[name] = parameter.detach()
+    if names is not None and names.layer.gated is not None:
+        _join_gates(state_dict, names.layer.gated)
     try:
         save_torch_state_dict(state_dict, directory, max_shard_size="5GB")
     except SafetensorError as error:
@@ -143,47 +155,23 @@ def _empty_model(backbone: Backbone) -> PreTrainedModel:
         return _build_model(backbone)
 
 
-def _released_name(name: str, backbone: Backbone) -> str:
-    """Name of a tensor in the released files; transformers 4.57 and 5 name modules differently.
-
-    Both majors load the released names. 4.57 would start a tower saved by 5 from scratch, with
-    no more than a warning.
-    """
-    if backbone.family == "clip_vision_model":
-        return "vision_model." + name.removeprefix("vision_model.")
-    return name.removeprefix("model.")
-
-
 def _build_model(backbone: Backbone) -> PreTrainedModel:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, DINOv3ViTConfig, DINOv3ViTModel
+    import transformers
 
-    shared: dict[str, Any] = {
-        "image_size": backbone.image_size,
-        "patch_size": backbone.patch_size,
-        "hidden_size": backbone.hidden_size,
-        "intermediate_size": backbone.intermediate_size,
-        "num_hidden_layers": backbone.num_hidden_layers,
-        "num_attention_heads": backbone.num_attention_heads,
-        "hidden_act": backbone.hidden_act,
-        "layer_norm_eps": backbone.layer_norm_eps,
-    }
-    if backbone.family == "clip_vision_model":
-        return CLIPVisionModel(CLIPVisionConfig(**shared, projection_dim=backbone.projection_dim))
-    return DINOv3ViTModel(
-        DINOv3ViTConfig(
-            **shared,
-            num_register_tokens=backbone.num_register_tokens,
-            use_gated_mlp=backbone.use_gated_mlp,
-            query_bias=backbone.query_bias,
-            key_bias=backbone.key_bias,
-            value_bias=backbone.value_bias,
-            rope_theta=backbone.rope_theta,
-        )
+    family = family_of({"model_type": backbone.family})
+    config = getattr(transformers, family.config_class)(**backbone.config)
+    model: PreTrainedModel = getattr(transformers, family.hf_class)(
+        config, **family.variants[-1].options
     )
+    return model
 
 
 def _draw(
-    name: str, values: np.ndarray[Any, Any], backbone: Backbone, generator: np.random.Generator
+    name: str,
+    values: np.ndarray[Any, Any],
+    backbone: Backbone,
+    family: Family,
+    generator: np.random.Generator,
 ) -> None:
     """Fill one float32 parameter in place.
 
@@ -199,7 +187,7 @@ def _draw(
     if leaf == "bias" and layer in {"q_proj", "k_proj", "v_proj"} and backbone.zero_qkv_bias:
         values.fill(0.0)
         return
-    if leaf == "lambda1":
+    if leaf in _SCALES:
         generator.random(out=values, dtype=np.float32)
         values *= 0.95
         values += 0.05
@@ -208,43 +196,36 @@ def _draw(
     if "norm" in layer and leaf == "weight":
         values *= 0.1
         values += 1.0
-    elif leaf == "weight" and "position" not in layer:
+    elif leaf.endswith("weight") and "position" not in layer:
         values *= values[0].size ** -0.5
-        if layer in {"out_proj", "fc2"}:
-            values *= (2 * backbone.num_hidden_layers) ** -0.5
+        if family.weights is not None and family.weights.layer.scale1 is None:
+            last = (family.weights.layer.o, family.weights.layer.down)
+            if owner.endswith(last):
+                values *= (2 * backbone.config["num_hidden_layers"]) ** -0.5
     else:
         values *= 0.1
 
 
+def _join_gates(state: dict[str, Any], names: GatedNames) -> None:
+    """Put gate and up into one tensor, where the released files have them so."""
+    import torch
+
+    if names.fused is None:
+        return
+    for name in [name for name in state if f".{names.gate}." in name]:
+        at, _, leaf = name.partition(names.gate)
+        parts = state.pop(name), state.pop(f"{at}{names.up}{leaf}")
+        state[f"{at}{names.fused}{leaf}"] = torch.cat(parts)
+
+
 def _processor_config(backbone: Backbone) -> dict[str, Any]:
     """``preprocessor_config.json`` as the released repository has it, in today's spelling."""
-    shared: dict[str, Any] = {
+    return {
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(backbone.image_mean),
-        "image_std": list(backbone.image_std),
         "rescale_factor": 1 / 255,
-    }
-    side = {"height": backbone.image_size, "width": backbone.image_size}
-    if backbone.family == "clip_vision_model":
-        return shared | {
-            "crop_size": side,
-            "do_center_crop": True,
-            "do_convert_rgb": True,
-            "image_processor_type": "CLIPImageProcessor",
-            "resample": 3,
-            "size": {"shortest_edge": backbone.image_size},
-        }
-    return shared | {
-        "crop_size": None,
-        "data_format": "channels_first",
-        "default_to_square": True,
-        "do_center_crop": None,
-        "do_convert_rgb": None,
-        "image_processor_type": "DINOv3ViTImageProcessorFast",
-        "resample": 2,
-        "size": side,
+        **backbone.processor,
     }
 
 

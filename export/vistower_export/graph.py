@@ -12,17 +12,26 @@ That it computes the same thing is not assumed: the parity gate compares it with
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from vistower.families.record import IMAGE_EMBEDS, LAST_HIDDEN_STATE, POOLER_OUTPUT
 from vistower_export.forms import HALVES, Dialect, GraphForm
-from vistower_export.quantize import LEVELS, Quantization
+from vistower_export.quantize import HEAD, LEVELS, Quantization
 from vistower_export.towers import TowerConfig
-from vistower_export.weights import Levels, Linear, Norm, Product, Tower
+from vistower_export.weights import (
+    AttentionPooling,
+    Levels,
+    Linear,
+    Norm,
+    PoolerWeights,
+    Product,
+    Tower,
+)
 from vistower_export.writer import MICROSOFT, Writer
 
 OPSET = 20
@@ -123,8 +132,9 @@ class _Portable(_Dialect):
     def activation(self, name: str, value: ir.Value, linear: Linear) -> ir.Value:
         writer = self.writer
         value = writer.linear(name, value, linear)
-        if self.config.activation == "gelu":
-            return writer.op("Gelu", f"{name}.gelu", value)
+        if self.config.activation in ("gelu", "gelu_tanh"):
+            approximate = "tanh" if self.config.activation == "gelu_tanh" else "none"
+            return writer.op("Gelu", f"{name}.gelu", value, approximate=approximate)
         gate = value
         if self._alpha is not None:
             gate = writer.op("Mul", f"{name}.alpha", value, self._alpha)
@@ -192,6 +202,8 @@ class _Ort(_Dialect):
             value = writer.product(name, value, linear)
             bias = writer.constant(f"{name}.bias", linear.bias)
             return self._fused("BiasGelu", f"{name}.gelu", value, bias)
+        if self.config.activation == "gelu_tanh":
+            return self._fused("FastGelu", f"{name}.gelu", writer.linear(name, value, linear))
         alpha = QUICK_GELU_ALPHA if self.config.activation == "quick_gelu" else 1.0
         value = writer.linear(name, value, linear)
         return self._fused("QuickGelu", f"{name}.{self.config.activation}", value, alpha=alpha)
@@ -328,9 +340,10 @@ def write_graph(
 ) -> WrittenGraph:
     """Write the graph of a tower; matrices stay lazy until the model is saved.
 
-    Input ``pixel_values`` (batch, 3, H, W), float32 or for some forms uint8. Output
-    ``last_hidden_state`` (batch, T, D) float32 as the Hugging Face class returns it; the portable
-    graph also has ``pooler_output`` (batch, D). The batch is dynamic, H and W are fixed.
+    Input ``pixel_values`` (batch, 3, H, W), float32 or for some forms uint8. Outputs in float32 as
+    the Hugging Face class returns them: ``last_hidden_state`` (batch, T, D) and, where the tower
+    has them, ``pooler_output`` (batch, D) and ``image_embeds`` (batch, P). The batch is dynamic, H
+    and W are fixed.
 
     Args:
         tower: the weights; for a form that takes uint8, with levels folded in.
@@ -354,18 +367,14 @@ def write_graph(
     if tower.norm_before is not None:
         value = writer.norm("norm_before", value, tower.norm_before, eps)
     value = _layers(writer, dialect, value, tower)
-    num_tokens = tower.tokens.shape[1]
-    shape = ["batch", num_tokens, config.hidden_size]
-    outputs = [_output(writer.widened(value), "last_hidden_state", shape)]
-    if form.dialect == "portable":
-        first = writer.constant("shape.first", np.array(0, np.int64))
-        pooled = writer.op("Gather", "pooler", value, first, axis=1)
-        if tower.pooler_norm is not None:
-            pooled = writer.norm("pooler_norm", pooled, tower.pooler_norm, eps)
-        outputs.append(_output(pooled, "pooler_output", ["batch", config.hidden_size]))
+    outputs = list(_outputs(writer, dialect, value, tower))
     if observe:
         values = {str(v.name): v for node in writer.nodes for v in node.outputs}
-        widths = {product.site: product.linear.shape[0] for product in writer.products.values()}
+        widths = {
+            product.site: product.linear.shape[0]
+            for name, product in writer.products.items()
+            if not name.startswith(HEAD)
+        }
         outputs += [
             _output(values[site], site, ["batch", None, width]) for site, width in widths.items()
         ]
@@ -382,6 +391,58 @@ def write_graph(
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="vistower")
     return WrittenGraph(model, writer.products)
+
+
+def _outputs(
+    writer: Writer, dialect: _Dialect, value: ir.Value, tower: Tower
+) -> Iterator[ir.Value]:
+    """Every output, made of the last tokens (B, T, D) in the graph's own float type."""
+    hidden = tower.config.hidden_size
+    tokens = writer.widened(value)
+    yield _output(tokens, LAST_HIDDEN_STATE, ["batch", tower.config.layout.num_tokens, hidden])
+    if tower.pooler is None:
+        return
+    pooled = pool(writer, dialect, value, tower.pooler)
+    width = hidden if tower.pooler.dense is None else tower.pooler.dense.shape[1]
+    yield _output(writer.widened(pooled), POOLER_OUTPUT, ["batch", width])
+    if tower.projection is not None:
+        projected = writer.linear("head.projection", pooled, tower.projection)
+        width = tower.projection.shape[1]
+        yield _output(writer.widened(projected), IMAGE_EMBEDS, ["batch", width])
+
+
+def pool(writer: Writer, dialect: _Dialect, value: ir.Value, pooler: PoolerWeights) -> ir.Value:
+    """``pooler_output`` (B, D) of the last tokens (B, T, D)."""
+    if pooler.attention is not None:
+        return _attention_pool(writer, dialect, value, pooler.attention)
+    first = writer.constant("shape.first", np.array(0, np.int64))
+    pooled = writer.op("Gather", "head.first", value, first, axis=1)
+    if pooler.norm is not None:
+        return writer.norm("head", pooled, pooler.norm, dialect.eps)
+    if pooler.dense is not None:
+        return writer.op("Tanh", "head.tanh", writer.linear("head.dense", pooled, pooler.dense))
+    return pooled
+
+
+def _attention_pool(
+    writer: Writer, dialect: _Dialect, value: ir.Value, head: AttentionPooling
+) -> ir.Value:
+    heads, wide, width = head.v_shape
+    scores = writer.linear("head.scores", value, head.scores)
+    scores = writer.op("Transpose", "head.scores.rows", scores, perm=(0, 2, 1))
+    shares = writer.op("Softmax", "head.softmax", scores, axis=-1)
+    seen = writer.op("MatMul", "head.seen", shares, value)
+    rows = writer.constant("shape.head_rows", np.array([0, heads, 1, wide], np.int64))
+    seen = writer.op("Reshape", "head.seen.rows", seen, rows)
+    context = writer.op(
+        "MatMul", "head.v.matmul", seen, writer.weight("head.v.weight", head.v, head.v_shape)
+    )
+    merged = writer.constant("shape.head_merged", np.array([0, heads * width], np.int64))
+    context = writer.op("Reshape", "head.merged", context, merged)
+    total = writer.linear("head.o", context, head.o)
+    normed = writer.norm("head", total, head.norm, dialect.eps)
+    inner = writer.linear("head.down", dialect.activation("head.up", normed, head.up), head.down)
+    return writer.op("Add", "head.residual", total, inner)
 
 
 def _output(value: ir.Value, name: str, shape: Sequence[str | int | None]) -> ir.Value:

@@ -1,19 +1,24 @@
-"""The gate: no bundle without a passed comparison against torch, from image file to tokens."""
+"""The gate: no bundle without a passed comparison against torch, from image file to every
+output."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from vistower.bundle.manifest import Parity, TokenParity
+from vistower.bundle.manifest import Parity, TokenParity, VectorParity
 from vistower.errors import ParityError
+from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.tokens import TokenLayout
 from vistower.tolerance import PIXEL_TOLERANCE, Tolerance
 
 Array = npt.NDArray[np.float32]
+Outputs: TypeAlias = Mapping[str, Mapping[str, Array]]
+"""Name of an output → name of a picture → its values (1, ...)."""
 
 
 ON_CPU = "ONNX Runtime, CPUExecutionProvider"
@@ -24,36 +29,73 @@ _LARGEST_OF_8_BITS = 8
 
 
 def compare(
-    reference: Mapping[str, Array],
-    candidate: Mapping[str, Array],
+    reference: Outputs,
+    candidate: Outputs,
     layout: TokenLayout,
     method: str = ON_CPU,
 ) -> Parity:
-    """Compare ``last_hidden_state`` (1, T, D) per picture; the worst token of all counts.
+    """Compare every output of every picture with torch's; the worst token or vector counts.
 
-    Non-finite values anywhere give infinite differences and cosine -1.
+    Non-finite values anywhere give infinite differences and cosine -1. What one side lacks is
+    refused by `require_same_outputs`.
     """
+    tokens = _measured(reference[LAST_HIDDEN_STATE], candidate[LAST_HIDDEN_STATE])
+    return Parity(
+        max_abs=float(tokens.difference.max()),
+        max_rel=float((tokens.difference / tokens.norm).max()),
+        cosine=float(tokens.cosine.min()),
+        cls=_of(layout.cls(tokens.difference), layout.cls(tokens.cosine))
+        if layout.num_cls_tokens
+        else None,
+        patches=_of(layout.patches(tokens.difference), layout.patches(tokens.cosine)),
+        token_norm=float(tokens.mean_norm),
+        images=tuple(reference[LAST_HIDDEN_STATE]),
+        method=method,
+        vectors={
+            name: _vectors(_measured(reference[name], candidate[name]))
+            for name in reference
+            if name != LAST_HIDDEN_STATE
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Largest difference, cosine and torch's norm of every token (pictures, T), or vector."""
+
+    difference: npt.NDArray[np.float64]
+    cosine: npt.NDArray[np.float64]
+    norm: npt.NDArray[np.float64]
+
+    @property
+    def mean_norm(self) -> np.float64:
+        return np.float64(self.norm.mean() if np.isfinite(self.difference).all() else 0.0)
+
+
+def _measured(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> _Measured:
     differences, cosines, norms = [], [], []
     for name, expected in reference.items():
         want = expected.astype(np.float64)[0]
         have = candidate[name].astype(np.float64)[0]
-        if want.shape != have.shape or not (np.isfinite(have).all() and np.isfinite(want).all()):
-            lost = TokenParity(np.inf, -1.0, -1.0)
-            return Parity(np.inf, np.inf, -1.0, lost, lost, 0.0, tuple(reference), method)
         norm = np.linalg.norm(want, axis=-1)
+        if want.shape != have.shape or not (np.isfinite(have).all() and np.isfinite(want).all()):
+            differences.append(np.full(norm.shape, np.inf))
+            cosines.append(np.full(norm.shape, -1.0))
+            norms.append(np.ones(norm.shape))
+            continue
         norms.append(norm)
         differences.append(np.abs(have - want).max(axis=-1))
         cosines.append((want * have).sum(-1) / (norm * np.linalg.norm(have, axis=-1)))
-    difference, cosine, norm = np.stack(differences), np.stack(cosines), np.stack(norms)
-    return Parity(
-        max_abs=float(difference.max()),
-        max_rel=float((difference / norm).max()),
-        cosine=float(cosine.min()),
-        cls=_of(layout.cls(difference), layout.cls(cosine)),
-        patches=_of(layout.patches(difference), layout.patches(cosine)),
-        token_norm=float(norm.mean()),
-        images=tuple(reference),
-        method=method,
+    return _Measured(np.stack(differences), np.stack(cosines), np.stack(norms))
+
+
+def _vectors(found: _Measured) -> VectorParity:
+    return VectorParity(
+        max_abs=float(found.difference.max()),
+        max_rel=float((found.difference / found.norm).max()),
+        cosine=float(found.cosine.min()),
+        cosine_mean=float(found.cosine.mean()),
+        norm=float(found.mean_norm),
     )
 
 
@@ -62,8 +104,11 @@ def _of(difference: npt.NDArray[Any], cosine: npt.NDArray[Any]) -> TokenParity:
 
 
 def passes(parity: Parity, tolerance: Tolerance) -> bool:
-    """Whether a graph is as near to torch as its precision must be."""
-    return parity.max_rel <= tolerance.max_rel and parity.cosine >= tolerance.cosine
+    """Whether every output of a graph is as near to torch as its precision must be."""
+    return all(
+        one.max_rel <= tolerance.max_rel and one.cosine >= tolerance.cosine
+        for one in parity.compared.values()
+    )
 
 
 def require_parity(graph: str, parity: Parity, tolerance: Tolerance) -> None:
@@ -74,13 +119,27 @@ def require_parity(graph: str, parity: Parity, tolerance: Tolerance) -> None:
     """
     if passes(parity, tolerance):
         return
+    name, worst = max(parity.compared.items(), key=lambda item: (item[1].max_rel, -item[1].cosine))
     raise ParityError(
-        f"The {graph} graph disagrees with torch over {len(parity.images)} pictures: largest "
-        f"difference {parity.max_abs:.3g} absolute, {parity.max_rel:.3g} of the token norm "
-        f"(allowed {tolerance.max_rel:.3g}), smallest cosine {parity.cosine:.7f} (required "
+        f"{name} of the {graph} graph disagrees with torch over {len(parity.images)} pictures: "
+        f"largest difference {worst.max_abs:.3g} absolute, {worst.max_rel:.3g} of the norm "
+        f"(allowed {tolerance.max_rel:.3g}), smallest cosine {worst.cosine:.7f} (required "
         f"{tolerance.cosine}). No bundle was written. Leave this precision out, or report the "
         f"checkpoint."
     )
+
+
+def require_same_outputs(graph: str, reference: Outputs, candidate: Outputs) -> None:
+    """Refuse a graph with other outputs than torch has.
+
+    Raises:
+        ParityError: see there.
+    """
+    if reference.keys() != candidate.keys():
+        raise ParityError(
+            f"The {graph} graph has the outputs {', '.join(candidate)}, and torch gives "
+            f"{', '.join(reference)}. No bundle was written. Please report the checkpoint."
+        )
 
 
 def require_same_pixels(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> float:

@@ -8,7 +8,7 @@ processor as it is.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def require_same_processor(
     processor: Any,
     preprocessor: Preprocessor,
     pictures: Sequence[Path],
-    size: tuple[int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> float:
     """Compare what two processors make of picture files, and of the PIL images in them.
 
@@ -42,7 +42,7 @@ def require_same_processor(
         processor: the Hugging Face one.
         preprocessor: the runtime's.
         pictures: see `vistower_export.pictures.write_hard_pictures`.
-        size: (height, width) to ask the first for; None for its own.
+        options: to ask of the first beyond its own.
 
     Returns:
         The largest difference of the pixels.
@@ -56,7 +56,7 @@ def require_same_processor(
         warnings.simplefilter("ignore")
         for path in pictures:
             for name, image, given in _ways(path):
-                want = _by_reference(processor, image, size)
+                want = _by_reference(processor, image, options or {})
                 have = _by_runtime(preprocessor, given)
                 if isinstance(want, np.ndarray) and isinstance(have, np.ndarray):
                     worst = max(worst, require_same_pixels({name: want}, {name: have}))
@@ -81,9 +81,8 @@ def _ways(path: Path) -> Iterator[tuple[str, Image.Image, Path | Image.Image]]:
 
 
 def _by_reference(
-    processor: Any, image: Image.Image, size: tuple[int, int] | None
+    processor: Any, image: Image.Image, options: Mapping[str, Any]
 ) -> Array | Exception:
-    options = {} if size is None else {"size": {"height": size[0], "width": size[1]}}
     try:
         pixel_values = processor(images=image, return_tensors="pt", **options)["pixel_values"]
         return np.asarray(pixel_values, dtype=np.float32)

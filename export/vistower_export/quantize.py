@@ -15,7 +15,7 @@ scale a column. Three steps keep the loss small, all of them free at run time:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,21 +96,27 @@ FLOAT_PRODUCTS = frozenset({"patches"})
 even out their channels, the error would reach every layer, and the product is 3 % of a tower's
 work. Pixels that are uint8 levels lose nothing, and their product has another name."""
 
+HEAD = "head."
+"""How the names of a head's products begin, behind the last layer: one row a picture or a few
+columns, no work worth an error."""
+
+
 LEVELS = Activation(1 / 256, 0)
 """uint8 levels, as `vistower_export.weights.Levels` wants them."""
 
 
-def quantize(
-    products: Mapping[str, Product], statistics: Mapping[str, Statistics], *, keep: Set[str]
-) -> Quantization:
+def quantize(products: Mapping[str, Product], statistics: Mapping[str, Statistics]) -> Quantization:
     """The int8 form of a graph's products.
 
     Args:
         products: by name, as the graph's writer lists them.
         statistics: of the values that enter them, by value name.
-        keep: names of products to leave in float32.
     """
-    chosen = {name: product for name, product in products.items() if name not in keep}
+    chosen = {
+        name: product
+        for name, product in products.items()
+        if name not in FLOAT_PRODUCTS and not name.startswith(HEAD)
+    }
     return Quantization(
         activations={
             site: quantize_activation(statistics[site])

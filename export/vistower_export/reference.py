@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, ImageProcessingMixin
 from transformers.image_utils import load_image
 
@@ -24,10 +25,14 @@ from vistower.errors import (
     ProcessorConfigError,
     UnsupportedArchitectureError,
 )
+from vistower.families import Family
+from vistower.families.record import OUTPUTS, Variant
 from vistower.preprocess.classes import plain_name
-from vistower.preprocess.processor import Backend, Transparency
+from vistower.preprocess.frame import Edges
+from vistower.preprocess.processor import Backend, Preprocessor, Transparency
 from vistower_export.files import CONFIG, read_json
-from vistower_export.towers import TowerFamily, family_of
+from vistower_export.towers import family_of, native_size, square_patch
+from vistower_export.weights import Positions, canonical_name
 
 Array = npt.NDArray[np.float32]
 
@@ -37,43 +42,78 @@ _NAMES_BACKENDS = importlib.util.find_spec("transformers.image_processing_backen
 
 @dataclass(frozen=True)
 class Reference:
-    """What torch + transformers compute, by picture: ``pixel_values`` (1, 3, H, W) and
-    ``last_hidden_state`` (1, T, D), float32."""
+    """What torch + transformers compute, float32: ``pixel_values`` (1, 3, H, W) by picture, and
+    every output by its name and by picture."""
 
     pixel_values: Mapping[str, Array]
-    last_hidden_state: Mapping[str, Array]
+    outputs: Mapping[str, Mapping[str, Array]]
 
 
 def load_model(directory: Path) -> Any:
-    """Load the vision tower of a checkpoint in float32; of a ``CLIPModel`` only the vision part.
+    """Load the vision tower of a checkpoint in float32; of a ``CLIPModel`` only the vision part and
+    its projection.
 
     Raises:
         UnsupportedArchitectureError: its model type belongs to no tower.
         CheckpointError: a weight is missing, has another shape, is not finite, or cannot be read.
             (transformers itself would fill a missing weight with random numbers and only warn.)
     """
-    family = family_of(read_json(directory / CONFIG))
-    model_class = getattr(transformers, family.hf_class, None)
+    config = read_json(directory / CONFIG)
+    family = family_of(config)
+    options = {}
+    # CLIPModel's projection has the width of the whole model's config, not of the vision part's.
+    if "vision_config" in config and "projection_dim" in config:
+        options["projection_dim"] = config["projection_dim"]
+    names = _weight_names(directory)
+    for variant in family.variants:
+        last = variant is family.variants[-1]
+        if not last and names and not any(need in name for need in variant.needs for name in names):
+            # transformers would warn of weights that it makes up.
+            continue
+        model, info = _loaded(directory, variant, options)
+        if last or not any(name.startswith(variant.needs) for name in info["missing_keys"]):
+            break
+    _require_every_weight(directory, family, info)
+    _require_finite(directory, model)
+    return model.eval().requires_grad_(False)
+
+
+def _weight_names(directory: Path) -> set[str]:
+    """Names of the weights in a checkpoint; empty where only loading them tells."""
+    names: set[str] = set()
+    try:
+        for path in directory.glob("*.safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                names.update(file.keys())
+    except (OSError, SafetensorError):
+        return set()
+    return names
+
+
+def _loaded(directory: Path, variant: Variant, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    model_class = getattr(transformers, variant.hf_class, None)
     if model_class is None:
         raise UnsupportedArchitectureError(
-            f"transformers {transformers.__version__} has no {family.hf_class}. Install "
+            f"transformers {transformers.__version__} has no {variant.hf_class}. Install "
             f"transformers 4.57 or newer."
         )
     try:
-        model, info = model_class.from_pretrained(
-            directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        return model_class.from_pretrained(  # type: ignore[no-any-return]
+            directory,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            **options,
+            **variant.options,
         )
     # safetensors, pickle, torch and transformers each have their own exceptions here.
     except Exception as error:
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot load {directory}: {error}"
         ) from error
-    _require_every_weight(directory, family, info)
-    _require_finite(directory, model)
-    return model.eval().requires_grad_(False)
 
 
-def _require_every_weight(directory: Path, family: TowerFamily, info: Mapping[str, Any]) -> None:
+def _require_every_weight(directory: Path, family: Family, info: Mapping[str, Any]) -> None:
     missing, other = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
     unexpected = sorted(info["unexpected_keys"])
     low_rank = [name for name in unexpected if "lora_" in name or ".base_layer." in name]
@@ -247,31 +287,77 @@ def transparency(processor: Any) -> Transparency:
         return "dropped"
 
 
+def size_options(preprocessor: Preprocessor) -> dict[str, Any]:
+    """What to ask a Hugging Face processor for, so that it gives the pictures of ours.
+
+    Args:
+        preprocessor: ours for another size, see `Preprocessor.resized`.
+    """
+    size = preprocessor.size
+    sides = ("height", "width")
+    options: dict[str, Any] = {}
+    if isinstance(size, Edges):
+        options["size"] = {"shortest_edge": size.shortest}
+    elif size is not None:
+        options["size"] = dict(zip(sides, size, strict=True))
+    if preprocessor.crop is not None:
+        options["crop_size"] = dict(zip(sides, preprocessor.crop.size, strict=True))
+    return options
+
+
 def compute(
-    model: Any, processor: Any, pictures: Sequence[Path], size: tuple[int, int] | None = None
+    model: Any, processor: Any, pictures: Sequence[Path], options: Mapping[str, Any] | None = None
 ) -> Reference:
     """Run the reference on picture files, one at a time.
 
-    ``size`` is the (height, width) in pixels to resize to; None for the processor's own.
+    ``options`` are what to ask of the processor beyond its own, see `size_options`.
 
     Raises:
         CheckpointError: the processor fails on a picture.
     """
-    options = {} if size is None else {"size": {"height": size[0], "width": size[1]}}
-    pixel_values, states = {}, {}
+    pixel_values: dict[str, Array] = {}
+    outputs: dict[str, dict[str, Array]] = {}
     for path in pictures:
         try:
-            inputs = processor(images=load_image(str(path)), return_tensors="pt", **options)
+            inputs = processor(images=load_image(str(path)), return_tensors="pt", **(options or {}))
         # An option that makes no sense fails wherever it is used first.
         except Exception as error:
             raise CheckpointError(
                 f"transformers' {type(processor).__name__} fails on {path.name}: {error}"
             ) from error
-        with torch.inference_mode():
-            output = model(pixel_values=inputs["pixel_values"])
         pixel_values[path.name] = inputs["pixel_values"].numpy()
-        states[path.name] = output.last_hidden_state.numpy()
-    return Reference(pixel_values, states)
+        for name, values in forward(model, inputs["pixel_values"]).items():
+            outputs.setdefault(name, {})[path.name] = values
+    return Reference(pixel_values, outputs)
+
+
+def forward(model: Any, pixel_values: torch.Tensor) -> dict[str, Array]:
+    """Every output that a model of a family gives of ``pixel_values`` (B, 3, H, W), float32.
+
+    The positions of a tower that was trained for another size are interpolated.
+    """
+    config = model.config.to_dict()
+    family = family_of(config)
+    variant = next(one for one in family.variants if one.hf_class == type(model).__name__)
+    size = native_size(family, config)
+    options = {}
+    if family.positions == "learned" and size != tuple(pixel_values.shape[2:]):
+        options["interpolate_pos_encoding"] = True
+    seen: list[Any] = []
+    hook = None
+    if variant.tower is not None:
+        tower = getattr(model, variant.tower)
+        hook = tower.register_forward_hook(lambda module, given, found: seen.append(found))
+    with torch.inference_mode():
+        seen.append(model(pixel_values=pixel_values, **options))
+    if hook is not None:
+        hook.remove()
+    found = {}
+    for name in OUTPUTS:
+        values = next((x for one in seen if (x := getattr(one, name, None)) is not None), None)
+        if values is not None:
+            found[name] = values.numpy()
+    return found
 
 
 def state_dict(model: Any) -> dict[str, Array]:
@@ -279,12 +365,29 @@ def state_dict(model: Any) -> dict[str, Array]:
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def rotary_tables(
-    model: Any, family: TowerFamily, image_size: tuple[int, int]
-) -> tuple[Array, Array] | None:
-    """Cos and sin (N, head_dim) of the patch tokens, computed by the model's own module."""
-    if family.rotary_module is None:
-        return None
+def positions(model: Any, family: Family, image_size: tuple[int, int]) -> Positions:
+    """Where the patches of (height, width) pixels lie, computed by the model's own modules."""
+    names, config = family.weights, model.config.to_dict()
+    if names is not None and names.rotary_module is not None:
+        with torch.no_grad():
+            cos, sin = getattr(model, names.rotary_module)(torch.zeros(1, 3, *image_size))
+        return Positions(rotary=(cos.numpy(), sin.numpy()))
+    if names is None or names.position_embedding is None:
+        return Positions()
+    if family.positions == "learned" and native_size(family, config) == image_size:
+        # Its forward adds them as they are.
+        state = state_dict(model)
+        table = next(
+            value
+            for name, value in state.items()
+            if canonical_name(name, names) == names.position_embedding
+        )
+        return Positions(table=table.reshape(-1, table.shape[-1]))
+    patch = square_patch(family, config, image_size)
+    rows = image_size[0] // patch * (image_size[1] // patch) + int(family.has_cls)
+    embeddings = next(x for x in model.modules() if hasattr(x, "interpolate_pos_encoding"))
     with torch.no_grad():
-        cos, sin = getattr(model, family.rotary_module)(torch.zeros(1, 3, *image_size))
-    return cos.numpy(), sin.numpy()
+        # Only the shape of the first argument is looked at.
+        tokens = torch.zeros(1, rows, family.hidden_size(config))
+        resized = embeddings.interpolate_pos_encoding(tokens, *image_size)
+    return Positions(table=resized[0].numpy())

@@ -35,8 +35,9 @@ from vistower.bundle.manifest import (
     SourceFile,
 )
 from vistower.bundle.source_files import changed_sources
-from vistower.errors import CheckpointError, ProcessorConfigError, UnsupportedArchitectureError
+from vistower.errors import CheckpointError, UnsupportedArchitectureError
 from vistower.execution.ort import onnxruntime
+from vistower.families import Family
 from vistower.golden import GOLDEN_ARRAYS, GOLDEN_DIRECTORY, golden_name
 from vistower.places import as_output_error, require_space
 from vistower.preprocess.images import ImageInput
@@ -50,7 +51,12 @@ from vistower_export.files import CONFIG, read_json
 from vistower_export.forms import ALWAYS, BY_PRECISION, INT8, ORT
 from vistower_export.graph import IR_VERSION, OPSET
 from vistower_export.ownership import BUNDLE, may_write
-from vistower_export.parity import compare, require_parity, require_same_pixels
+from vistower_export.parity import (
+    compare,
+    require_parity,
+    require_same_outputs,
+    require_same_pixels,
+)
 from vistower_export.pictures import (
     SAMPLES,
     calibration_pictures,
@@ -59,7 +65,7 @@ from vistower_export.pictures import (
 )
 from vistower_export.pixels import require_same_processor
 from vistower_export.source import Checkpoint
-from vistower_export.towers import TowerFamily, family_of, tower_config
+from vistower_export.towers import family_of, native_size, tower_config
 from vistower_export.weights import Levels, Tower, arrange
 from vistower_export.write import (
     TRIAL_DIRECTORY,
@@ -78,12 +84,22 @@ LIBRARIES = ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "numpy",
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model and processor, and the tower's views, the default one first."""
+    """A checkpoint's model and processor, and the tower's views, the default one first.
 
-    family: TowerFamily
+    ``own`` is the runtime's processor as the checkpoint has it, ``native_size`` what the position
+    embedding was learned for.
+    """
+
+    family: Family
     model: Any
     processor: Any
     views: tuple[View, ...]
+    own: Preprocessor
+    native_size: Size | None
+
+    def options(self, view: View) -> dict[str, Any]:
+        """What to ask of the processor for a view, beyond its own."""
+        return {} if view.preprocessor == self.own else hf.size_options(view.preprocessor)
 
 
 @dataclass(frozen=True)
@@ -123,43 +139,32 @@ def load(
         transparency=hf.transparency(processor),
         transformers=importlib.metadata.version("transformers"),
     )
-    own = preprocessor.output_size
-    sizes = resolutions or [own]
-    for size in sizes:
-        if size != own:
-            _require_other_size(family, preprocessor, size)
     model = hf.load_model(directory)
     model.config.save_pretrained(staging)
     config = model.config.to_dict()
+    own, native = preprocessor.output_size, native_size(family, config)
+    if family.positions == "learned" and not resolutions and own != native:
+        raise UnsupportedArchitectureError(
+            f"The processor produces {own[0]}x{own[1]} pixels, but this tower's position embedding "
+            f"is for {config['image_size']}: torch refuses it too. Correct crop_size in "
+            f"preprocessor_config.json, or ask for --resolution {own[0]}x{own[1]}, which "
+            f"interpolates the positions."
+        )
+    sizes = resolutions or [own]
+    first = preprocessor if sizes[0] == own else preprocessor.resized(sizes[0])
     views = [
         View(
-            tower_config(config, size).layout,
-            preprocessor if size == own else preprocessor.resized(size),
+            tower_config(family, config, size).layout,
+            first if size == sizes[0] else first.resized(size),
         )
         for size in sizes
     ]
-    if views[0].preprocessor is not preprocessor:
+    if first is not preprocessor:
         # What reads the bundle without vistower must feed the portable graph its size.
-        height, width = views[0].size
-        saved["size"] = {"height": height, "width": width}
+        saved |= hf.size_options(first)
     text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
     (staging / PROCESSOR_FILE).write_text(text, encoding="utf-8")
-    return Loaded(family, model, processor, tuple(views))
-
-
-def _require_other_size(family: TowerFamily, preprocessor: Preprocessor, size: Size) -> None:
-    asked, own = f"{size[0]}x{size[1]}", "x".join(map(str, preprocessor.output_size))
-    if family.position_embedding:
-        raise UnsupportedArchitectureError(
-            f"{asked} pixels were asked for, but {family.hf_class} has a learned position "
-            f"embedding for {own}, and torch refuses other sizes too. Leave --resolution out."
-        )
-    if preprocessor.crop is not None:
-        raise ProcessorConfigError(
-            f"{asked} pixels were asked for, but {preprocessor.processor} cuts the middle {own} "
-            f"out of every picture, whatever its size was. Leave --resolution out, or give the "
-            f"checkpoint a processor without a centre crop."
-        )
+    return Loaded(family, model, processor, tuple(views), preprocessor, native)
 
 
 def view_reference(
@@ -175,14 +180,13 @@ def view_reference(
     Raises:
         ParityError: the runtime's ``pixel_values`` differ from the processor's.
     """
-    # A processor that crops has one size; a DINOv3 one is asked for the view's.
-    size = view.size if view.preprocessor.crop is None else None
-    reference = hf.compute(loaded.model, loaded.processor, pictures, size)
+    options = loaded.options(view)
+    reference = hf.compute(loaded.model, loaded.processor, pictures, options)
     pixel_values = {path.name: view.preprocessor(path)[None] for path in pictures}
     max_abs = require_same_pixels(reference.pixel_values, pixel_values)
     with tempfile.TemporaryDirectory(dir=staging) as directory:
         hard = write_hard_pictures(Path(directory), view.size)
-        worst = require_same_processor(loaded.processor, view.preprocessor, hard, size)
+        worst = require_same_processor(loaded.processor, view.preprocessor, hard, options)
     levels = {}
     if view.preprocessor.normalization is not None:
         to_levels = view.preprocessor.as_levels()
@@ -211,8 +215,8 @@ def arrange_views(loaded: Loaded, *, levels: bool = False) -> tuple[Tower, ...]:
     return tuple(
         arrange(
             state,
-            tower_config(config, view.size),
-            hf.rotary_tables(loaded.model, loaded.family, view.size),
+            tower_config(loaded.family, config, view.size),
+            hf.positions(loaded.model, loaded.family, view.size),
             folded,
         )
         for view in loaded.views
@@ -257,23 +261,27 @@ def write(
 def gate(
     written: Sequence[Written], referenced: Mapping[Size, ViewReference], staging: Path
 ) -> dict[str, GraphRecord]:
-    """Run each graph on the CPU over every picture, and compare its tokens with torch's.
+    """Run each graph on the CPU over every picture, and compare every output with torch's.
 
     Raises:
-        ParityError: a graph is off by more than its precision's tolerance.
+        ParityError: a graph is off by more than its precision's tolerance, or has other outputs.
     """
     records: dict[str, GraphRecord] = {}
     for graph in written:
         known = referenced[graph.view.size]
         pixels = known.pixel_values if graph.form.pixels == "float32" else known.levels
-        tokens = run(graph.emulated or graph.path, pixels)
-        parity = compare(known.reference.last_hidden_state, tokens, graph.view.layout, graph.method)
+        outputs, reference = run(graph.emulated or graph.path, pixels), known.reference.outputs
+        require_same_outputs(graph.name, reference, outputs)
+        parity = compare(reference, outputs, graph.view.layout, graph.method)
         require_parity(graph.name, parity, TOLERANCES[graph.form.precision])
         records[graph.name] = GraphRecord(
             file=graph.path.relative_to(staging).as_posix(),
             precision=graph.form.precision,
             image_size=graph.view.size,
             pixels=graph.form.pixels,
+            outputs={
+                name: next(iter(values.values())).shape[1:] for name, values in outputs.items()
+            },
             opset=OPSET,
             ir_version=IR_VERSION,
             nodes=graph.nodes,
@@ -298,13 +306,15 @@ def write_golden(
         for path in golden if index == 0 else golden[:1]:
             name = golden_name(path.stem, size)
             arrays[f"{name}/pixel_values"] = known.reference.pixel_values[path.name]
-            arrays[f"{name}/last_hidden_state"] = known.reference.last_hidden_state[path.name]
+            for output, values in known.reference.outputs.items():
+                arrays[f"{name}/{output}"] = values[path.name]
     np.savez(staging / GOLDEN_DIRECTORY / GOLDEN_ARRAYS, **arrays)
 
 
 def describe(
     checkpoint: Checkpoint,
     loaded: Loaded,
+    hf_class: str,
     preprocessing: Preprocessing,
     weight_bytes: int,
     graphs: Mapping[str, GraphRecord],
@@ -327,7 +337,7 @@ def describe(
     return Manifest(
         format_version=FORMAT_VERSION,
         model_type=loaded.family.model_type,
-        hf_class=loaded.family.hf_class,
+        hf_class=hf_class,
         source=Source(
             model=printable(checkpoint.source),
             name=printable(checkpoint.name),
@@ -336,6 +346,7 @@ def describe(
             files=sources,
         ),
         layout=loaded.views[0].layout,
+        native_size=loaded.native_size,
         preprocessing=preprocessing,
         graphs=graphs,
         made_with=made_with,
@@ -386,7 +397,7 @@ def export_bundle(
         uint8: write each of ONNX Runtime's graphs a second time, with uint8 levels as its input
             and the processor's rescaling and normalization folded into its weights (CLIP).
         resolutions: input sizes, (height, width) in pixels, the default one first; empty for the
-            processor's own. Only towers without a learned position embedding take others.
+            processor's own. A learned position embedding is interpolated as transformers does it.
         calibration: pictures that help to decide the ranges of int8, besides the samples.
         overwrite: replace the bundle at ``output``, where everything in it is proven to be ours,
             see `vistower_export.ownership`.
@@ -442,6 +453,7 @@ def export_bundle(
         pictures: tuple[ImageInput, ...] = (*calibration, *calibration_pictures())
         seen = referenced[loaded.views[0].size].pixel_values
         graphs = write(loaded, precisions, (pictures, label), seen, uint8, staging, on_step)
+        hf_class = type(loaded.model).__name__
         loaded = replace(loaded, model=None)
         gc.collect()
         on_step("compare the graphs with torch")
@@ -449,7 +461,14 @@ def export_bundle(
         on_step("write the golden vectors and the manifest")
         write_golden(golden, referenced, staging)
         manifest = describe(
-            checkpoint, loaded, preprocessing, graphs.weight_bytes, records, recorded, staging
+            checkpoint,
+            loaded,
+            hf_class,
+            preprocessing,
+            graphs.weight_bytes,
+            records,
+            recorded,
+            staging,
         )
         (staging / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         # What it refuses must not be seen under the output's name.

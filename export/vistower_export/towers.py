@@ -1,24 +1,22 @@
-"""The vision towers the exporter knows, as data: add a family by adding one record to `TOWERS`.
-
-A `TowerFamily` says which Hugging Face class computes the reference numbers, where that class
-keeps its weights, and how its ``config.json`` spells the architecture. Everything else (graphs,
-parity, bundle) is derived from the record.
-"""
+"""One checkpoint's architecture, read from its ``config.json`` by the record of its family."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from vistower.errors import UnsupportedArchitectureError
+from vistower.families import GROUP, Family, find_family, known_types
+from vistower.families.record import VitNames
 from vistower.tokens import TokenLayout
-from vistower.tolerance import GraphPrecision
 
-Activation = Literal["gelu", "quick_gelu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "silu": "silu",
     "swish": "silu",
@@ -27,111 +25,13 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 
 @dataclass(frozen=True)
-class LayerNames:
-    """Where one encoder layer keeps its weights, relative to the layer; modules without suffix."""
-
-    norm1: str
-    q: str
-    k: str
-    v: str
-    o: str
-    norm2: str
-    up: str
-    down: str
-    gate: str | None = None
-    scale1: str | None = None
-    scale2: str | None = None
-
-
-@dataclass(frozen=True)
-class TowerFamily:
-    """A family of vision towers that share one Hugging Face class.
-
-    Weight names are those of the class's state dict with any of ``strip_prefixes`` removed
-    (transformers 4 and 5 nest the same modules differently). ``refused_precisions`` maps a
-    precision the tower cannot be had in to the reason.
-    """
-
-    model_type: str
-    hf_class: str
-    accepts: tuple[str, ...]
-    strip_prefixes: tuple[str, ...]
-    cls_token: str
-    patch_embedding: str
-    layers: str
-    layer: LayerNames
-    register_tokens: str | None = None
-    position_embedding: str | None = None
-    rotary_module: str | None = None
-    norm_before: str | None = None
-    norm_after: str | None = None
-    pooler_norm: str | None = None
-    refused_precisions: Mapping[GraphPrecision, str] = field(default_factory=dict)
-
-
-CLIP = TowerFamily(
-    model_type="clip_vision_model",
-    hf_class="CLIPVisionModel",
-    accepts=("clip_vision_model", "clip"),
-    strip_prefixes=("vision_model.",),
-    cls_token="embeddings.class_embedding",
-    patch_embedding="embeddings.patch_embedding",
-    position_embedding="embeddings.position_embedding.weight",
-    norm_before="pre_layrnorm",
-    pooler_norm="post_layernorm",
-    layers="encoder.layers",
-    layer=LayerNames(
-        norm1="layer_norm1",
-        q="self_attn.q_proj",
-        k="self_attn.k_proj",
-        v="self_attn.v_proj",
-        o="self_attn.out_proj",
-        norm2="layer_norm2",
-        up="mlp.fc1",
-        down="mlp.fc2",
-    ),
-)
-
-DINOV3 = TowerFamily(
-    model_type="dinov3_vit",
-    hf_class="DINOv3ViTModel",
-    accepts=("dinov3_vit",),
-    strip_prefixes=("model.",),
-    cls_token="embeddings.cls_token",
-    register_tokens="embeddings.register_tokens",
-    patch_embedding="embeddings.patch_embeddings",
-    rotary_module="rope_embeddings",
-    norm_after="norm",
-    refused_precisions={
-        "fp16": "its authors rule float16 out, because activations leave its range; use bf16"
-    },
-    layers="layer",
-    layer=LayerNames(
-        norm1="norm1",
-        q="attention.q_proj",
-        k="attention.k_proj",
-        v="attention.v_proj",
-        o="attention.o_proj",
-        scale1="layer_scale1.lambda1",
-        norm2="norm2",
-        gate="mlp.gate_proj",
-        up="mlp.up_proj",
-        down="mlp.down_proj",
-        scale2="layer_scale2.lambda1",
-    ),
-)
-
-TOWERS: tuple[TowerFamily, ...] = (CLIP, DINOV3)
-
-
-@dataclass(frozen=True)
 class TowerConfig:
-    """One checkpoint's architecture, read from its ``config.json``.
+    """The architecture of a vision transformer.
 
     ``image_size`` is (height, width) in pixels, ``patch_size`` in pixels.
     """
 
-    family: TowerFamily
+    family: Family
     image_size: tuple[int, int]
     patch_size: int
     hidden_size: int
@@ -141,6 +41,12 @@ class TowerConfig:
     layer_norm_eps: float
     activation: Activation
     gated_mlp: bool
+
+    @property
+    def names(self) -> VitNames:
+        """Where the weights are."""
+        assert self.family.weights is not None  # noqa: S101  (`tower_config` has looked)
+        return self.family.weights
 
     @property
     def head_dim(self) -> int:
@@ -155,6 +61,7 @@ class TowerConfig:
             patch_size=self.patch_size,
             num_register_tokens=self.num_register_tokens,
             hidden_size=self.hidden_size,
+            num_cls_tokens=int(self.family.has_cls),
         )
 
     @property
@@ -168,7 +75,12 @@ class TowerConfig:
         return self.layout.grid
 
 
-def _square(value: Any, name: str) -> tuple[int, int]:
+def pair(value: Any, name: str) -> tuple[int, int]:
+    """Height and width of what a config gives as one number or two.
+
+    Raises:
+        UnsupportedArchitectureError: it is neither.
+    """
     if isinstance(value, int):
         return value, value
     if isinstance(value, (list, tuple)) and len(value) == 2:
@@ -178,70 +90,106 @@ def _square(value: Any, name: str) -> tuple[int, int]:
     )
 
 
-def family_of(config: Mapping[str, Any]) -> TowerFamily:
+def family_of(config: Mapping[str, Any]) -> Family:
     """Find the family of a parsed ``config.json``.
 
     Raises:
-        UnsupportedArchitectureError: its ``model_type`` belongs to no family in `TOWERS`.
+        UnsupportedArchitectureError: its ``model_type`` belongs to no family.
+        BundleUnsupportedError: the distribution that brings its family is broken.
     """
     model_type = config.get("model_type")
-    for family in TOWERS:
-        if model_type in family.accepts:
-            return family
-    known = ", ".join(name for family in TOWERS for name in family.accepts)
+    family = find_family(str(model_type))
+    if family is not None:
+        return family
     raise UnsupportedArchitectureError(
         f"The checkpoint's config.json says model_type={model_type!r}, which has no tower here. "
-        f"Known model types: {known}. A new family is one record in vistower_export/towers.py."
+        f"Known: {', '.join(known_types())}. Another family is one record, see docs/families.md; a "
+        f"distribution brings one by an entry point {model_type!r} in the group {GROUP}."
     )
 
 
-def tower_config(config: Mapping[str, Any], image_size: tuple[int, int]) -> TowerConfig:
+def native_size(family: Family, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) in pixels that the position embedding was learned for; None without one."""
+    if family.positions not in ("learned", "interpolated"):
+        return None
+    return pair(config["image_size"], "image_size")
+
+
+def square_patch(family: Family, config: Mapping[str, Any], image_size: tuple[int, int]) -> int:
+    """Pixels of a patch's side, which tile the pictures.
+
+    Raises:
+        UnsupportedArchitectureError: they do not, are not square, or the pictures are not RGB.
+    """
+    height, width = pair(family.stride or config["patch_size"], "patch_size")
+    if height != width:
+        raise UnsupportedArchitectureError(
+            f"config.json says patch_size={config['patch_size']!r}; only square patches are known."
+        )
+    if min(image_size) <= 0 or image_size[0] % height or image_size[1] % width:
+        raise UnsupportedArchitectureError(
+            f"Pictures of {image_size[0]}x{image_size[1]} pixels were asked for (by --resolution "
+            f"or the processor), which is no multiple of the patch size {height}."
+        )
+    if config.get("num_channels", 3) != 3:
+        raise UnsupportedArchitectureError(
+            f"config.json says num_channels={config['num_channels']}; only 3 (RGB) is known."
+        )
+    return height
+
+
+def activation(name: Any) -> Activation:
+    """The activation of a config's ``hidden_act``.
+
+    Raises:
+        UnsupportedArchitectureError: it is not reproduced.
+    """
+    found = ACTIVATIONS.get(name)
+    if found is None:
+        raise UnsupportedArchitectureError(
+            f"config.json says hidden_act={name!r}; known: {', '.join(ACTIVATIONS)}."
+        )
+    return found
+
+
+def tower_config(
+    family: Family, config: Mapping[str, Any], image_size: tuple[int, int]
+) -> TowerConfig:
     """Read the architecture off a vision ``config.json`` (of the vision tower itself).
 
     Args:
+        family: of the tower, a vision transformer.
         config: the vision config with every default filled in (``PretrainedConfig.to_dict()``).
         image_size: (height, width) in pixels of the graphs to be written.
 
     Raises:
         UnsupportedArchitectureError: an option that changes the numbers is not reproduced.
     """
-    family = family_of(config)
-    patch_height, patch_width = _square(config["patch_size"], "patch_size")
-    if patch_height != patch_width:
+    if family.weights is None:
         raise UnsupportedArchitectureError(
-            f"config.json says patch_size={config['patch_size']!r}; only square patches are known."
+            f"The family {family.model_type} names no weights of a vision transformer."
         )
-    if min(image_size) <= 0 or image_size[0] % patch_height or image_size[1] % patch_width:
+    gated = family.weights.layer.gated
+    is_gated = gated is not None and bool(config.get(gated.flag, False))
+    own = gated.activation if gated is not None and is_gated else None
+    if family.pooler == "dense" and config.get("pooler_act", "tanh") != "tanh":
         raise UnsupportedArchitectureError(
-            f"Pictures of {image_size[0]}x{image_size[1]} pixels were asked for (by --resolution "
-            f"or the processor), which is no multiple of the patch size {patch_height}."
+            f"config.json says pooler_act={config['pooler_act']!r}; only tanh is known."
         )
-    native = _square(config["image_size"], "image_size")
-    if family.position_embedding and image_size != native:
+    if config["hidden_size"] % config["num_attention_heads"]:
         raise UnsupportedArchitectureError(
-            f"The processor produces {image_size[0]}×{image_size[1]} pixels, but this tower's "
-            f"position embedding is for {native[0]}×{native[1]}: torch refuses it too. "
-            f"Correct crop_size in preprocessor_config.json."
-        )
-    activation = ACTIVATIONS.get(config["hidden_act"])
-    if activation is None:
-        raise UnsupportedArchitectureError(
-            f"config.json says hidden_act={config['hidden_act']!r}; known: "
-            f"{', '.join(ACTIVATIONS)}."
-        )
-    if config.get("num_channels", 3) != 3:
-        raise UnsupportedArchitectureError(
-            f"config.json says num_channels={config['num_channels']}; only 3 (RGB) is known."
+            f"config.json says hidden_size={config['hidden_size']} and "
+            f"num_attention_heads={config['num_attention_heads']}; heads of one width are known."
         )
     return TowerConfig(
         family=family,
         image_size=image_size,
-        patch_size=patch_height,
+        patch_size=square_patch(family, config, image_size),
         hidden_size=config["hidden_size"],
         num_hidden_layers=config["num_hidden_layers"],
         num_attention_heads=config["num_attention_heads"],
-        num_register_tokens=config.get("num_register_tokens", 0),
+        num_register_tokens=config.get("num_register_tokens", 0) if family.has_registers else 0,
         layer_norm_eps=config["layer_norm_eps"],
-        activation=activation,
-        gated_mlp=bool(config.get("use_gated_mlp", False)),
+        activation=activation(own or config["hidden_act"]),
+        gated_mlp=is_gated,
     )

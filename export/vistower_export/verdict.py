@@ -26,6 +26,7 @@ from vistower.errors import (
 )
 from vistower.execution.cuda_problems import choose_device
 from vistower.execution.device import Device, DeviceLike
+from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.precision import can_run
 from vistower.preprocess.classes import plain_name
 from vistower.tolerance import TOLERANCES, Tolerance
@@ -59,7 +60,7 @@ def judge(
     Args:
         bundle: one that vistower exported.
         checkpoint: the directory it was exported from.
-        pictures: files; torch's tokens of all of them are held in memory.
+        pictures: files; torch's outputs of all of them are held in memory.
         device: where the graphs run; torch runs on the CPU in float32.
 
     Raises:
@@ -93,12 +94,13 @@ def judge(
     on = choose_device(device).device
     graphs = [bundle.graph(name) for name in manifest.graphs]
     for size in bundle.resolutions:
-        # A processor that crops has one size, its own.
-        asked = size if bundle.preprocessor.crop is None else None
-        reference = {
-            str(path): hf.compute(model, processor, [path], asked).last_hidden_state[path.name]
-            for path in pictures
-        }
+        preprocessor = bundle.preprocessor_at(size)
+        options = hf.size_options(preprocessor) if preprocessor != bundle.preprocessor else {}
+        reference: dict[str, dict[str, Array]] = {}
+        for path in pictures:
+            found = hf.compute(model, processor, [path], options)
+            for output, values in found.outputs.items():
+                reference.setdefault(output, {})[str(path)] = values[path.name]
         for graph in graphs:
             if graph.resolution == size:
                 runs = can_run(on, graph.precision, manifest.graphs[graph.name].domains)
@@ -106,12 +108,23 @@ def judge(
 
 
 def _verdict(
-    bundle: Bundle, graph: BundleGraph, reference: dict[str, Array] | None, on: Device
+    bundle: Bundle, graph: BundleGraph, reference: dict[str, dict[str, Array]] | None, on: Device
 ) -> Verdict:
     tolerance = TOLERANCES[graph.precision]
     if reference is None:
         return Verdict(graph, str(on), tolerance, None)
     encoder = VisionEncoder.open(bundle.directory, device=str(on), graph=graph.name)
-    tokens = {name: encoder.forward(encoder.preprocess(name)) for name in reference}
-    parity = compare(reference, tokens, encoder.layout, encoder.session.provider)
+    outputs = encoder.session.outputs
+    if set(outputs) - set(reference):
+        raise CheckpointError(
+            f"{bundle.directory} has {', '.join(outputs)}, and torch gives {', '.join(reference)} "
+            f"of the checkpoint. Give the checkpoint it was exported from."
+        )
+    found: dict[str, dict[str, Array]] = {output: {} for output in outputs}
+    for name in reference[LAST_HIDDEN_STATE]:
+        pixel_values = encoder.preprocess(name)
+        for output, values in encoder.compute(pixel_values, dict.fromkeys(outputs)).items():
+            found[output][name] = values
+    known = {output: reference[output] for output in outputs}
+    parity = compare(known, found, encoder.layout, encoder.session.provider)
     return Verdict(graph, str(on), tolerance, parity)

@@ -9,6 +9,7 @@ done in float64 and rounded to float32 once, and the parity gate checks the outc
 - the value bias folded into the output projection's bias: attention rows sum to one;
 - biases that are zero throughout dropped (released DINOv3 weights have zero QKV biases);
 - LayerScale folded into the projection before it;
+- the learned query of an attention pooling head folded into its keys;
 - on request, rescaling and normalization of the pixels folded into the patch embedding.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.errors import CheckpointError
+from vistower.families.record import GatedNames, VitNames
 from vistower_export.towers import TowerConfig
 
 Array = npt.NDArray[np.float32]
@@ -96,9 +98,50 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class AttentionPooling:
+    """An attention pooling head: a learned query looks at all tokens, then a residual MLP.
+
+    The query is a constant, so its product with a key is a product of the token with a column of
+    ``scores`` (D, heads). The values are taken of the sum of tokens that attention gives, by the
+    matrices ``v`` (heads, D, head_dim) of the heads. Both are the same in exact arithmetic, and
+    without a product of D by D numbers for every token.
+    """
+
+    scores: Linear
+    v: Lazy
+    v_shape: tuple[int, int, int]
+    o: Linear
+    norm: Norm
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class PoolerWeights:
+    """What makes ``pooler_output``: see `vistower.families.record.Pooler`; at most one is set."""
+
+    norm: Norm | None = None
+    dense: Linear | None = None
+    attention: AttentionPooling | None = None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where patches lie, as the tower's own modules compute it.
+
+    ``rotary``: cos and sin of the patch tokens, each (N, head_dim). ``table``: what is added to
+    the CLS token, if there is one, and to the patches, (C + N, D).
+    """
+
+    rotary: tuple[Array, Array] | None = None
+    table: Array | None = None
+
+
+@dataclass(frozen=True)
 class Tower:
     """All weights of a tower, in the order the graph uses them.
 
+    ``pooler`` makes ``pooler_output`` and ``projection`` ``image_embeds`` of that, where there are.
     ``tokens`` (1, T, D) is what is added to the patch products: in the prefix rows the CLS and
     register tokens themselves, in the patch rows the patch bias, each with its position embedding.
     ``rotary`` holds cos and sin, each (T, head_dim / 2), identity in the prefix rows. With
@@ -113,18 +156,15 @@ class Tower:
     norm_before: Norm | None
     layers: tuple[Layer, ...]
     norm_after: Norm | None
-    pooler_norm: Norm | None
+    pooler: PoolerWeights | None
+    projection: Linear | None
 
 
 class _Weights:
-    """The state dict by canonical name; says which weight is missing."""
+    """The state dict by the names of the family's record; says which weight is missing."""
 
-    def __init__(self, state: Mapping[str, Array], prefixes: tuple[str, ...]) -> None:
-        self._by_name: dict[str, Array] = {}
-        for name, value in state.items():
-            for prefix in prefixes:
-                name = name.removeprefix(prefix)
-            self._by_name[name] = value
+    def __init__(self, state: Mapping[str, Array], names: VitNames) -> None:
+        self._by_name = {canonical_name(name, names): value for name, value in state.items()}
 
     def __getitem__(self, name: str) -> Array:
         try:
@@ -137,6 +177,12 @@ class _Weights:
 
     def get(self, name: str) -> Array | None:
         return self._by_name.get(name)
+
+    def has(self, start: str) -> bool:
+        return any(name.startswith(start) for name in self._by_name)
+
+    def put(self, name: str, value: Array) -> None:
+        self._by_name[name] = value
 
     def norm(self, name: str | None) -> Norm | None:
         return None if name is None else self.require_norm(name)
@@ -170,25 +216,29 @@ class _Weights:
         return Linear(make, (weight.shape[1], weight.shape[0]), folded if folded.any() else None)
 
 
-def _patch(weights: _Weights, config: TowerConfig, levels: Levels | None) -> tuple[Linear, Array]:
+def _patch(
+    weights: _Weights, config: TowerConfig, table: Array | None, levels: Levels | None
+) -> tuple[Linear, Array]:
     """The patch embedding as one product over flattened (C, p, p) patches, and the added rows."""
-    family = config.family
-    kernel = weights[f"{family.patch_embedding}.weight"]
+    names, cls = config.names, config.layout.num_cls_tokens
+    prefix = config.num_prefix_tokens
+    kernel = weights[f"{names.patch_embedding}.weight"]
     hidden = kernel.shape[0]
     flat = kernel.reshape(hidden, -1)
-    rows = config.grid[0] * config.grid[1]
-    tokens = np.zeros((config.num_prefix_tokens + rows, hidden), dtype=np.float64)
-    tokens[0] = weights[family.cls_token].reshape(hidden)
-    if family.register_tokens and config.num_register_tokens:
-        tokens[1 : config.num_prefix_tokens] = weights[family.register_tokens].reshape(-1, hidden)
-    bias = weights.get(f"{family.patch_embedding}.bias")
+    tokens = np.zeros((config.layout.num_tokens, hidden), dtype=np.float64)
+    if names.cls_token is not None:
+        tokens[0] = weights[names.cls_token].reshape(hidden)
+    if names.register_tokens and config.num_register_tokens:
+        tokens[cls:prefix] = weights[names.register_tokens].reshape(-1, hidden)
+    bias = weights.get(f"{names.patch_embedding}.bias")
     if bias is not None:
-        tokens[config.num_prefix_tokens :] += bias
-    if family.position_embedding:
-        tokens += weights[family.position_embedding]
+        tokens[prefix:] += bias
+    if table is not None:
+        tokens[:cls] += table[:cls]
+        tokens[prefix:] += table[cls:]
     if levels is not None:
         scale, offset = levels.rows(config.patch_size)
-        tokens[config.num_prefix_tokens :] += flat.astype(np.float64) @ offset
+        tokens[prefix:] += flat.astype(np.float64) @ offset
         flat = (flat * scale).astype(np.float32)
     patch = Linear(lambda: np.ascontiguousarray(flat.T), (flat.shape[1], hidden), None)
     return patch, tokens.astype(np.float32)[None]
@@ -197,7 +247,7 @@ def _patch(weights: _Weights, config: TowerConfig, levels: Levels | None) -> tup
 def arrange(
     state: Mapping[str, Array],
     config: TowerConfig,
-    rotary: tuple[Array, Array] | None,
+    positions: Positions,
     levels: Levels | None = None,
 ) -> Tower:
     """Rearrange a tower's state dict for inference.
@@ -205,54 +255,122 @@ def arrange(
     Args:
         state: float32 arrays by the Hugging Face class's own names.
         config: the architecture.
-        rotary: cos and sin of the patch tokens, each (N, head_dim), as the class computes them.
+        positions: as the class computes them for the size of the pictures.
         levels: fold the processor's rescaling and normalization into the patch embedding.
 
     Raises:
         CheckpointError: a weight is missing.
     """
-    family = config.family
-    weights = _Weights(state, family.strip_prefixes)
-    patch, tokens = _patch(weights, config, levels)
-    names = family.layer
-    layers = []
-    for index in range(config.num_hidden_layers):
-        at = f"{family.layers}.{index}."
-        scale1 = 1.0 if names.scale1 is None else weights[at + names.scale1]
-        scale2 = 1.0 if names.scale2 is None else weights[at + names.scale2]
-        k = weights.linear(at + names.k)
-        if rotary is None:
-            k = Linear(k.weight, k.shape, None)
-        v = weights.linear(at + names.v)
-        gate = None
-        if config.gated_mlp:
-            if names.gate is None:
-                raise CheckpointError(f"{family.hf_class} has no gated MLP, but config.json asks.")
-            gate = weights.linear(at + names.gate)
-        layers.append(
-            Layer(
-                norm1=weights.require_norm(at + names.norm1),
-                q=weights.linear(at + names.q, scale=config.head_dim**-0.5),
-                k=k,
-                v=Linear(v.weight, v.shape, None),
-                o=weights.linear(at + names.o, scale=scale1, extra_bias=v.bias),
-                norm2=weights.require_norm(at + names.norm2),
-                gate=gate,
-                up=weights.linear(at + names.up),
-                down=weights.linear(at + names.down, scale=scale2),
-            )
-        )
+    names, rotary = config.names, positions.rotary
+    weights = _Weights(state, names)
+    patch, tokens = _patch(weights, config, positions.table, levels)
+    layers = tuple(
+        _layer(weights, f"{names.layers}.{index}.", config, has_rotary=rotary is not None)
+        for index in range(config.num_hidden_layers)
+    )
+    projection = None
+    if names.projection is not None and weights.has(f"{names.projection}."):
+        projection = weights.linear(names.projection)
     return Tower(
         config=config,
         levels=levels,
         patch=patch,
         tokens=tokens,
         rotary=None if rotary is None else _with_identity_rows(rotary, config),
-        norm_before=weights.norm(family.norm_before),
-        layers=tuple(layers),
-        norm_after=weights.norm(family.norm_after),
-        pooler_norm=weights.norm(family.pooler_norm),
+        norm_before=weights.norm(names.norm_before),
+        layers=layers,
+        norm_after=weights.norm(names.norm_after),
+        pooler=_pooler(weights, config),
+        projection=projection,
     )
+
+
+def _layer(weights: _Weights, at: str, config: TowerConfig, *, has_rotary: bool) -> Layer:
+    names = config.names.layer
+    scale1 = 1.0 if names.scale1 is None else weights[at + names.scale1]
+    scale2 = 1.0 if names.scale2 is None else weights[at + names.scale2]
+    k = weights.linear(at + names.k)
+    if not has_rotary:
+        k = Linear(k.weight, k.shape, None)
+    v = weights.linear(at + names.v)
+    gate, up, down = None, names.up, names.down
+    if config.gated_mlp and names.gated is not None:
+        _split(weights, at, names.gated)
+        gate = weights.linear(at + names.gated.gate)
+        up, down = names.gated.up, names.gated.down
+    return Layer(
+        norm1=weights.require_norm(at + names.norm1),
+        q=weights.linear(at + names.q, scale=config.head_dim**-0.5),
+        k=k,
+        v=Linear(v.weight, v.shape, None),
+        o=weights.linear(at + names.o, scale=scale1, extra_bias=v.bias),
+        norm2=weights.require_norm(at + names.norm2),
+        gate=gate,
+        up=weights.linear(at + up),
+        down=weights.linear(at + down, scale=scale2),
+    )
+
+
+def _split(weights: _Weights, at: str, names: GatedNames) -> None:
+    """Give gate and up their own names where one matrix holds both."""
+    for leaf in ("weight", "bias"):
+        both = None if names.fused is None else weights.get(f"{at}{names.fused}.{leaf}")
+        if both is not None:
+            gate, up = np.split(both, 2)
+            weights.put(f"{at}{names.gate}.{leaf}", gate)
+            weights.put(f"{at}{names.up}.{leaf}", up)
+
+
+def _pooler(weights: _Weights, config: TowerConfig) -> PoolerWeights | None:
+    """The pooler's weights; None where the checkpoint, or the family, has none."""
+    name, kind = config.names.pooler, config.family.pooler
+    if kind == "first":
+        return PoolerWeights()
+    if kind is None or name is None or not weights.has(f"{name}."):
+        return None
+    if kind == "norm":
+        return PoolerWeights(norm=weights.require_norm(name))
+    if kind == "dense":
+        return PoolerWeights(dense=weights.linear(f"{name}.dense"))
+    return PoolerWeights(attention=_attention_pooling(weights, name, config))
+
+
+def _attention_pooling(weights: _Weights, at: str, config: TowerConfig) -> AttentionPooling:
+    """SigLIP's head, whose attention is a ``torch.nn.MultiheadAttention``."""
+    heads, width, wide = config.num_attention_heads, config.head_dim, config.hidden_size
+    stacked = weights[f"{at}.attention.in_proj_weight"]
+    q, k, v = np.split(stacked, 3)
+    q_bias, _, v_bias = np.split(weights[f"{at}.attention.in_proj_bias"].astype(np.float64), 3)
+    probe = weights[f"{at}.probe"].reshape(wide).astype(np.float64)
+    query = (q.astype(np.float64) @ probe + q_bias) * width**-0.5
+    by_head = k.astype(np.float64).reshape(heads, width, wide)
+    scores = np.einsum("hd,hdk->kh", query.reshape(heads, width), by_head).astype(np.float32)
+
+    def values() -> Array:
+        return np.ascontiguousarray(v.reshape(heads, width, wide).transpose(0, 2, 1))
+
+    return AttentionPooling(
+        scores=Linear(lambda: scores, (wide, heads), None),
+        v=values,
+        v_shape=(heads, wide, width),
+        o=weights.linear(f"{at}.attention.out_proj", extra_bias=v_bias.astype(np.float32)),
+        norm=weights.require_norm(f"{at}.layernorm"),
+        up=weights.linear(f"{at}.mlp.fc1"),
+        down=weights.linear(f"{at}.mlp.fc2"),
+    )
+
+
+def canonical_name(name: str, names: VitNames) -> str:
+    """The name of a weight as the family's record has it: transformers 4 and 5 differ."""
+    for released, other in names.spellings:
+        name = name.replace(other, released)
+    return name.removeprefix(names.prefix)
+
+
+def released_name(name: str, names: VitNames) -> str:
+    """The name of a weight in the released files."""
+    name = canonical_name(name, names)
+    return name if name.startswith(names.unprefixed) else names.prefix + name
 
 
 def _with_identity_rows(rotary: tuple[Array, Array], config: TowerConfig) -> tuple[Array, Array]:

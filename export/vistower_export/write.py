@@ -161,7 +161,11 @@ def least_bytes(config: Mapping[str, Any], precisions: Sequence[GraphPrecision])
     return numbers * (4 + sum({"int8": 1}.get(precision, 2) for precision in precisions))
 
 
-def run(graph: Path, pixel_values: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
-    """Tokens of every picture; the session ends here, so that no two are in memory at once."""
+def run(graph: Path, pixel_values: Mapping[str, npt.NDArray[Any]]) -> dict[str, dict[str, Array]]:
+    """Every output of every picture; the session ends here: no two are in memory at once."""
     session = Session(graph, "cpu")
-    return {name: session.run(value) for name, value in pixel_values.items()}
+    found: dict[str, dict[str, Array]] = {name: {} for name in session.outputs}
+    for picture, value in pixel_values.items():
+        for name, values in session.compute(value, dict.fromkeys(session.outputs)).items():
+            found[name][picture] = values
+    return found

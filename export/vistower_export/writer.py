@@ -11,7 +11,7 @@ from onnx_ir.tape import Tape
 
 from vistower.tolerance import GraphPrecision
 from vistower_export.quantize import Activation, Quantization, QuantizedLinear
-from vistower_export.weights import Linear, Norm, Product
+from vistower_export.weights import Lazy, Linear, Norm, Product
 
 _FLOATS: dict[GraphPrecision, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
@@ -118,9 +118,13 @@ class Writer:
         return array.astype(self._narrow.numpy()).astype(self._float.numpy())
 
     def _weight(self, name: str, linear: Linear) -> ir.Value:
-        return self._matrix(name, lambda: self._stored(linear.weight()), self._float, linear.shape)
+        return self.weight(name, linear.weight, linear.shape)
 
-    def _matrix(self, name: str, make: Any, dtype: ir.DataType, shape: tuple[int, int]) -> ir.Value:
+    def weight(self, name: str, make: Lazy, shape: tuple[int, ...]) -> ir.Value:
+        """A tensor of weights in the graph's float type, kept in the weight file."""
+        return self._matrix(name, lambda: self._stored(make()), self._float, shape)
+
+    def _matrix(self, name: str, make: Any, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
         tensor = ir.LazyTensor(
             lambda: ir.tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
         )

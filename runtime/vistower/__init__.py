@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from vistower import errors
     from vistower.backbones import EMBED_MODEL_RESOLUTION
     from vistower.batcher import DynamicBatcher
-    from vistower.encoder import Embeddings, VisionEncoder
+    from vistower.embeddings import Embeddings
+    from vistower.encoder import VisionEncoder
     from vistower.errors import VistowerError
     from vistower.execution.providers import SessionOptions
     from vistower.mixins import CLIPMixin, DINOv3Mixin
@@ -39,7 +40,7 @@ _MODULES = {
     "CLIPMixin": "vistower.mixins",
     "DINOv3Mixin": "vistower.mixins",
     "DynamicBatcher": "vistower.batcher",
-    "Embeddings": "vistower.encoder",
+    "Embeddings": "vistower.embeddings",
     "SessionOptions": "vistower.execution.providers",
     "StreamResult": "vistower.stream",
     "VisionEncoder": "vistower.encoder",

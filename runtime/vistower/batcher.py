@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.arguments import whole_number
-from vistower.encoder import Embeddings, VisionEncoder
+from vistower.embeddings import Embeddings
+from vistower.encoder import VisionEncoder
 from vistower.errors import ClosedError, ImageError, InferenceError, OptionError, VistowerError
 from vistower.forks import Process
 from vistower.pools import Pool, submit
@@ -93,6 +94,8 @@ class DynamicBatcher:
         max_batch: int = 32,
         max_wait: float = 0.005,
         workers: int | None = None,
+        outputs: Sequence[str] | str | None = None,
+        normalize: bool = False,
     ) -> None:
         """Set up the threads; they start with the first picture.
 
@@ -102,12 +105,16 @@ class DynamicBatcher:
             max_wait: seconds a picture waits for others while the tower is free, at most.
             workers: threads that prepare the pictures of `submit` and `aencode`; `encode` does it
                 in its caller's. None for a number that fits the device.
+            outputs: the parts wanted of every picture, as for `VisionEncoder.encode`.
+            normalize: as for `VisionEncoder.encode`.
 
         Raises:
-            OptionError: a number out of its range.
+            NoSuchOutputError: one of ``outputs`` that the tower has not.
+            OptionError: a number out of its range, or no such output at all.
         """
         self._process = Process()
         self._encoder = encoder
+        self._wanted = encoder.request(outputs, normalize)
         self._max_batch = whole_number("max_batch", max_batch, 1)
         try:
             self._max_wait = float(max_wait)
@@ -152,7 +159,7 @@ class DynamicBatcher:
         if self._server == threading.get_ident():
             # A callback, which has no thread of its own any more: the interpreter is exiting.
             self._arrive(None)
-            return self._encoder.encode(image)
+            return self._encoder.embed(self._encoder.preprocess(image), self._wanted)
         self._prepare(image, answer)
         return answer.result()
 
@@ -248,10 +255,9 @@ class DynamicBatcher:
         self._server = threading.get_ident()
         while batch := self._next_batch():
             try:
-                state = self._encoder.forward(np.stack([r.pixel_values for r in batch]))
-                layout = self._encoder.layout
-                rows = [state[row : row + 1].copy() for row in range(len(batch))]
-                results = [Embeddings(layout.cls(one), layout.patches(one)) for one in rows]
+                pixel_values = np.stack([request.pixel_values for request in batch])
+                found = self._encoder.embed(pixel_values, self._wanted)
+                results = [found.alone(row) for row in range(len(batch))]
             except BaseException as error:
                 for request in batch:
                     _settle(request.answer, _failed(error))

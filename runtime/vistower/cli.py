@@ -23,6 +23,7 @@ from rich.table import Table
 from vistower.bundle import Bundle, cache_directory, cache_path, cached_bundles, find_bundle
 from vistower.doctor import Diagnosis, diagnose
 from vistower.embedding_files import SUFFIXES, embedding_file
+from vistower.embeddings import VECTORS
 from vistower.encoder import VisionEncoder
 from vistower.errors import (
     BundleCorruptError,
@@ -30,6 +31,7 @@ from vistower.errors import (
     GoldenMismatchError,
     VistowerError,
 )
+from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.golden import replay
 from vistower.interrupts import stoppable
 from vistower.picture_files import find_pictures
@@ -162,16 +164,18 @@ def _print_certificate(bundle: Bundle) -> None:
     manifest = bundle.manifest
     if manifest is None:
         return
-    table = Table("graph", "nodes", "max abs", "max rel", "cosine", title=bundle.name)
+    table = Table("graph", "nodes", "output", "max abs", "max rel", "cosine", title=bundle.name)
     for kind, graph in manifest.graphs.items():
-        parity = graph.parity
-        table.add_row(
-            kind,
-            str(graph.nodes),
-            f"{parity.max_abs:.1e}",
-            f"{parity.max_rel:.1e}",
-            f"{parity.cosine:.7f}",
-        )
+        for output, parity in graph.parity.compared.items():
+            first = output == LAST_HIDDEN_STATE
+            table.add_row(
+                kind if first else "",
+                str(graph.nodes) if first else "",
+                output,
+                f"{parity.max_abs:.1e}",
+                f"{parity.max_rel:.1e}",
+                f"{parity.cosine:.7f}",
+            )
     out.print(table)
     out.print(
         f"pixels: max abs {manifest.preprocessing.max_abs:.1e} against "
@@ -223,8 +227,17 @@ def embed(
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Refuse pictures with more pixels than this.")
     ] = None,
+    vector: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="cls, pooled or projected; repeatable. Default: cls, or pooled if there is none."
+        ),
+    ] = None,
     patches: Annotated[
         bool, typer.Option("--patches", help="Patch tokens too (.npz only).")
+    ] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Unit vectors: each over its L2 norm.")
     ] = False,
     skip_errors: Annotated[
         bool, typer.Option("--skip-errors", help="Leave unreadable pictures out.")
@@ -232,9 +245,9 @@ def embed(
 ) -> None:
     """Embed pictures without torch.
 
-    A .npz holds names, cls (B, D) and, with --patches, patches (B, N, D). A .npy holds cls alone,
-    its names as a JSON list in a .names.json beside it. Of a folder every file is taken that has
-    the ending of a picture; standard error says what was left out.
+    A .npz holds names, each --vector (B, D) and, with --patches, patches (B, N, D). A .npy holds
+    one vector alone, its names as a JSON list in a .names.json beside it. Of a folder every file is
+    taken that has the ending of a picture; standard error says what was left out.
 
     Example: vistower embed artifacts/clip-b32 photos/ 'more/*.jpg' --output embeddings.npz
     """
@@ -242,17 +255,28 @@ def embed(
         raise typer.BadParameter(f"{output} ends in neither .npz nor .npy")
     if patches and output.suffix == ".npy":
         raise typer.BadParameter("--patches needs a .npz")
+    if len(set(vector or ())) > 1 and output.suffix == ".npy":
+        raise typer.BadParameter("several --vector need a .npz")
+    if unknown := set(vector or ()) - set(VECTORS):
+        raise typer.BadParameter(f"--vector {min(unknown)}: use {', '.join(VECTORS)}")
     files = _pictures(inputs)
     encoder = VisionEncoder.open(bundle, device=device, max_pixels=max_pixels)
     layout = encoder.layout
+    wanted = list(dict.fromkeys(vector or ("cls" if layout.num_cls_tokens else "pooled",)))
     names: list[str] = []
-    cls: list[np.ndarray[Any, Any]] = []
-    patch: list[np.ndarray[Any, Any]] = []
+    found: dict[str, list[np.ndarray[Any, Any]]] = {
+        name: [] for name in (*wanted, *(("patches",) if patches else ()))
+    }
     results = encoder.encode_stream(
-        files, batch_size=batch_size, workers=workers, on_error="record" if skip_errors else "raise"
+        files,
+        batch_size=batch_size,
+        workers=workers,
+        on_error="record" if skip_errors else "raise",
+        outputs=tuple(found),
+        normalize=normalize,
     )
     shown = track(results, "embedding", len(files), console=err) if err.is_terminal else results
-    vectors = len(files) * (layout.num_patches + 1 if patches else 1)
+    vectors = len(files) * (layout.num_patches * patches + len(wanted))
     with (
         embedding_file(output, 4 * layout.hidden_size * vectors) as target,
         contextlib.closing(results),
@@ -262,16 +286,16 @@ def embed(
                 err.print(f"skipped: {result.error}")
                 continue
             names.append(str(file))
-            cls.append(result.cls)
-            if patches:
-                patch.append(result.patches)
+            for name, parts in found.items():
+                parts.append(getattr(result, name))
         if not names:
             raise EmptyInputError("None of the pictures could be read; nothing was written.")
-        target.write(names, np.stack(cls), np.stack(patch) if patches else None)
+        target.write(names, {name: np.stack(parts) for name, parts in found.items()})
+        width = found[wanted[0]][0].shape[-1]
     manifest = encoder.bundle.manifest
     label = " (random-weight)" if manifest and manifest.source.random_weight else ""
     out.print(
-        f"{len(names)} pictures, {layout.hidden_size} numbers each, by "
+        f"{len(names)} pictures, {wanted[0]} of {width} numbers each, by "
         f"{encoder.bundle.name}{label} on {encoder.device}: {output}"
     )
 
@@ -331,7 +355,12 @@ def _judge(bundle: Bundle, checkpoint: Path, pictures: Sequence[Path], device: s
             continue
         tokens = "; ".join(
             f"{what} cosine {found.cosine:.6f} at least, {found.cosine_mean:.6f} in the mean"
-            for what, found in (("CLS", parity.cls), ("patches", parity.patches))
+            for what, found in (
+                ("CLS", parity.cls),
+                ("patches", parity.patches),
+                *parity.vectors.items(),
+            )
+            if found is not None
         )
         out.print(
             f"{'pass' if verdict.passed else 'FAIL'}  {name}: {tokens}; off by "

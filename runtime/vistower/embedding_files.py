@@ -1,9 +1,10 @@
 """Embeddings on the disk: a .npz, or a .npy with its names beside it.
 
-- ``NAME.npz``: ``names`` (B,) text, ``cls`` (B, D) and, if asked for, ``patches`` (B, N, D), all
-  float32 but the names.
-- ``NAME.npy``: ``cls`` alone; ``NAME.names.json`` is a JSON list of the B names, in its order. A
-  name may hold line breaks and bytes that are no UTF-8 (as lone surrogates, `os.fsdecode`).
+- ``NAME.npz``: ``names`` (B,) text, and what was asked for of ``cls``, ``pooled`` (B, D),
+  ``projected`` (B, P), ``patches`` (B, N, D) and ``registers`` (B, R, D), all float32.
+- ``NAME.npy``: one of the vectors alone; ``NAME.names.json`` is a JSON list of the B names, in its
+  order. A name may hold line breaks and bytes that are no UTF-8 (as lone surrogates,
+  `os.fsdecode`).
 
 They appear whole or not at all, see `vistower.staging`. Only what an earlier call wrote is
 replaced.
@@ -51,10 +52,9 @@ class EmbeddingFile:
     def write(
         self,
         names: Sequence[str],
-        cls: npt.NDArray[np.float32],
-        patches: npt.NDArray[np.float32] | None = None,
+        parts: Mapping[str, npt.NDArray[np.float32]],
     ) -> None:
-        """Write and publish: ``cls`` (B, D), ``patches`` (B, N, D) for a .npz.
+        """Write and publish the parts of embeddings by name; a .npy takes one vector a picture.
 
         Raises:
             OutputError: the system refuses, or what is there has changed.
@@ -62,15 +62,14 @@ class EmbeddingFile:
         made = self.staging.path(self.place)
         with as_output_error(self.place):
             if self.place.suffix == ".npy":
-                _save(made, cls)
+                (vectors,) = parts.values()
+                _save(made, vectors)
                 listed = self.staging.path(names_file(self.place))
                 listed.write_text(json.dumps(list(names), indent=0) + "\n", encoding="ascii")
             else:
                 texts = np.array(names)
-                if patches is None:
-                    np.savez(made, names=texts, cls=cls)
-                else:
-                    np.savez(made, names=texts, cls=cls, patches=patches)
+                arrays: dict[str, Any] = {"names": texts, **parts}
+                np.savez(made, **arrays)
                 with zipfile.ZipFile(made, "a") as archive:
                     archive.comment = MARK
             for output in self.replaced:

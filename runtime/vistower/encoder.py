@@ -1,4 +1,4 @@
-"""`VisionEncoder`: pictures in, CLS and patch tokens out."""
+"""`VisionEncoder`: pictures in, embeddings out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -26,15 +26,17 @@ import numpy.typing as npt
 
 from vistower.arguments import height_and_width, whole_number
 from vistower.bundle import Bundle, BundleGraph, find_bundle
+from vistower.embeddings import PARTS, Embeddings, Request, absent_parts, request
 from vistower.errors import (
     BundleCorruptError,
     BundleNotFoundError,
     DeviceError,
     ImageFormatError,
+    NoSuchOutputError,
     OptionError,
     PrecisionError,
 )
-from vistower.execution.binding import Warmed
+from vistower.execution.binding import Wanted, Warmed
 from vistower.execution.cuda_machine import compute_capability
 from vistower.execution.cuda_problems import DeviceChoice, choose_device
 from vistower.execution.device import Device, DeviceLike, ProviderLike, parse_providers
@@ -42,6 +44,7 @@ from vistower.execution.finite import FiniteGuard
 from vistower.execution.providers import SessionOptions
 from vistower.execution.replicas import Replicas
 from vistower.execution.session import Session
+from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.forks import uncut
 from vistower.output import DeviceArray
 from vistower.precision import REDUCED, choose_precision
@@ -72,22 +75,6 @@ def _once_more(opens: Callable[_Arguments, _Opened]) -> Callable[_Arguments, _Op
         return opens(*arguments, **options)
 
     return open_twice
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """What one forward pass says of a batch of B pictures.
-
-    ``cls`` (B, D) and ``patches`` (B, N, D), float32, patches row-major from the top left; both
-    are the rows of ``last_hidden_state`` as the Hugging Face class returns it (CLIP: raw encoder
-    output; DINOv3: after the final norm), neither projected nor normalized.
-    """
-
-    cls: Array
-    patches: Array
-
-    def __len__(self) -> int:
-        return len(self.cls)
 
 
 class VisionEncoder:
@@ -270,25 +257,71 @@ class VisionEncoder:
     def _dtype(self) -> np.dtype[Any]:
         return np.dtype(self.graph.pixels)
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The parts of an embedding that it can give, of cls, patches, registers, pooled,
+        projected."""
+        absent = absent_parts(
+            self.bundle.family, self.layout, self.session.outputs, self.bundle.name
+        )
+        return tuple(name for name in PARTS if name not in absent)
+
+    def request(
+        self, outputs: Sequence[str] | str | None = None, normalize: bool = False
+    ) -> Request:
+        """What to ask of the graph for these parts of an embedding, see `encode`.
+
+        Raises:
+            OptionError: no part, or an unknown one.
+            NoSuchOutputError: a part that there cannot be.
+        """
+        return request(
+            outputs,
+            normalize,
+            self.bundle.family,
+            self.layout,
+            self.session.outputs,
+            self.bundle.name,
+        )
+
     def encode(
-        self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 32
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        batch_size: int = 32,
+        outputs: Sequence[str] | str | None = None,
+        normalize: bool = False,
     ) -> Embeddings:
-        """Embed one picture or several; one forward pass per batch gives CLS and patches.
+        """Embed one picture or several; one forward pass per batch gives every part asked for.
 
         Args:
             images: as for `preprocess`.
             batch_size: pictures per forward pass; bounds memory, not the number of pictures.
+            outputs: the parts wanted, of ``cls``, ``patches``, ``registers``, ``pooled`` and
+                ``projected``; None for all there are. Where ``patches`` is not among them, no
+                patch token is copied or kept.
+            normalize: divide every vector and token by its L2 norm.
 
         Raises:
             EmptyInputError: no picture.
             ImageDecodeError, ImageFormatError: a picture cannot be used.
             InferenceError: ONNX Runtime failed.
-            OptionError: a batch size that is no integer from 1.
+            NoSuchOutputError: one of ``outputs`` that this tower has not.
+            OptionError: a batch size that is no integer from 1, or no such output at all.
         """
         batch_size = whole_number("batch_size", batch_size, 1)
-        states = [self.forward(batch) for batch in self._prepared(images, batch_size)]
-        state = states[0] if len(states) == 1 else np.concatenate(states)
-        return Embeddings(cls=self.layout.cls(state), patches=self.layout.patches(state))
+        wanted = self.request(outputs, normalize)
+        return Embeddings.joined(
+            [self.embed(batch, wanted) for batch in self._prepared(images, batch_size)]
+        )
+
+    def embed(self, pixel_values: Array, wanted: Request) -> Embeddings:
+        """``pixel_values`` (B, 3, H, W) → what `request` asks for.
+
+        Raises:
+            ImageFormatError, InferenceError, NonFiniteError: see `forward`.
+        """
+        return wanted.embeddings(self.compute(pixel_values, wanted.wanted))
 
     def encode_stream(
         self,
@@ -298,6 +331,8 @@ class VisionEncoder:
         workers: int | None = None,
         prefetch: int = 2,
         on_error: OnError = "raise",
+        outputs: Sequence[str] | str | None = None,
+        normalize: bool = False,
     ) -> Generator[StreamResult, None, None]:
         """Embed any number of pictures, one result each, in order, in bounded memory.
 
@@ -316,15 +351,19 @@ class VisionEncoder:
             prefetch: batches prepared beyond the one being given out.
             on_error: a picture that cannot be used is raised in its place (``raise``), left out
                 (``skip``), or comes as a result that holds the error (``record``).
+            outputs: the parts wanted, as for `encode`.
+            normalize: as for `encode`.
 
         Raises:
-            OptionError: at the call.
+            NoSuchOutputError, OptionError: at the call.
             ImageFormatError: at the call, if one picture is passed instead of several.
             ImageDecodeError, ImageFormatError: in a picture's place, under ``raise``.
             InferenceError: ONNX Runtime failed; in the place of the batch's first picture.
         """
         source = streamed(images, awaited=False)
-        return stream(source, self._pipeline(batch_size, workers, prefetch, on_error))
+        wanted = self.request(outputs, normalize)
+        start = self._pipeline(batch_size, workers, prefetch, on_error, wanted)
+        return stream(source, start)
 
     def aencode_stream(
         self,
@@ -334,6 +373,8 @@ class VisionEncoder:
         workers: int | None = None,
         prefetch: int = 2,
         on_error: OnError = "raise",
+        outputs: Sequence[str] | str | None = None,
+        normalize: bool = False,
     ) -> AsyncGenerator[StreamResult, None]:
         """`encode_stream` for asyncio: ``async for result in encoder.aencode_stream(...)``.
 
@@ -342,16 +383,25 @@ class VisionEncoder:
         may be left early or cancelled, as any asynchronous generator.
         """
         source = streamed(images, awaited=True)
-        return astream(source, self._pipeline(batch_size, workers, prefetch, on_error))
+        wanted = self.request(outputs, normalize)
+        start = self._pipeline(batch_size, workers, prefetch, on_error, wanted)
+        return astream(source, start)
 
     def _pipeline(
-        self, batch_size: int, workers: int | None, prefetch: int, on_error: OnError
+        self,
+        batch_size: int,
+        workers: int | None,
+        prefetch: int,
+        on_error: OnError,
+        wanted: Request,
     ) -> Callable[[], Pipeline]:
         """Check the arguments now, start the threads later."""
         if workers is None:
             workers = self.preparing_workers
         options = StreamOptions(batch_size, workers, prefetch, on_error)
-        return lambda: Pipeline(self.layout, self._empty, self.processor, self.forward, options)
+        return lambda: Pipeline(
+            self._empty, self.processor, lambda batch: self.embed(batch, wanted), options
+        )
 
     @property
     def preparing_workers(self) -> int:
@@ -366,18 +416,35 @@ class VisionEncoder:
             InferenceError: ONNX Runtime failed.
             NonFiniteError: NaN or infinity in the tokens.
         """
-        batch = self._checked(pixel_values)
-        tokens = self.session.run(batch)
-        return tokens if self._guard is None else self._guard.checked(tokens, batch)
+        return self.compute(pixel_values, {LAST_HIDDEN_STATE: None})[LAST_HIDDEN_STATE]
 
-    def forward_on_device(self, pixel_values: Array) -> DeviceArray:
-        """The same, ``last_hidden_state`` left where it was computed and shared through DLPack.
+    def compute(self, pixel_values: Array, wanted: Wanted) -> dict[str, Array]:
+        """``pixel_values`` (B, 3, H, W) → outputs of the graph by name, float32.
+
+        Args:
+            pixel_values: as for `forward`.
+            wanted: name of an output → how many of its first tokens; None for all there is.
+
+        Raises:
+            ImageFormatError: another shape or dtype.
+            InferenceError: ONNX Runtime failed.
+            NonFiniteError: NaN or infinity in what is wanted.
+        """
+        batch = self._checked(pixel_values)
+        found = self.session.compute(batch, wanted)
+        return found if self._guard is None else self._guard.checked(found, wanted, batch)
+
+    def forward_on_device(
+        self, pixel_values: Array, output: str = LAST_HIDDEN_STATE
+    ) -> DeviceArray:
+        """One output of the graph, left where it was computed and shared through DLPack.
 
         ``torch.from_dlpack(...)`` and ``cupy.from_dlpack(...)`` take it without a copy; the work is
         finished. Nothing checks it for NaN or infinity.
 
         Raises:
             ImageFormatError: another shape or dtype.
+            NoSuchOutputError: the graph has no such output.
             DeviceError: the encoder has several devices.
             InferenceError: ONNX Runtime failed.
         """
@@ -385,7 +452,12 @@ class VisionEncoder:
             raise DeviceError(
                 f"The tokens would lie on {self.device}: open one encoder per device for this."
             )
-        return self.session.run_on_device(self._checked(pixel_values))
+        if output not in self.session.outputs:
+            raise NoSuchOutputError(
+                f"The graph {self.graph.name} of {self.bundle.name} has no output {output!r}; it "
+                f"has {', '.join(self.session.outputs)}."
+            )
+        return self.session.run_on_device(self._checked(pixel_values), output)
 
     def _checked(self, pixel_values: Array) -> Array:
         expected = (3, *self.layout.image_size)
@@ -416,7 +488,7 @@ def _choose(
         choose_precision(
             precision,
             device,
-            model_type=bundle.model_type,
+            family=bundle.family,
             available=tuple(candidates),
             compute_capability=compute_capability(device),
         )
@@ -439,7 +511,7 @@ def _choose(
 def _guard(
     bundle: Bundle, graph: BundleGraph, session: Session | Replicas, options: SessionOptions | None
 ) -> FiniteGuard | None:
-    """The guard of a graph's tokens; only reduced precision has anything to fall back to."""
+    """The guard of a graph's outputs; only reduced precision has anything to fall back to."""
     policy = (options or SessionOptions()).non_finite
     if policy == "ignore":
         return None

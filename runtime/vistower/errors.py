@@ -8,6 +8,7 @@
     │   └── ImageFormatError                 its type, shape, dtype or mode is not accepted
     ├── EmptyInputError (ValueError)         an empty batch, folder or glob
     ├── OptionError (ValueError)             an argument has a value that is not allowed
+    ├── NoSuchOutputError (AttributeError)   an embedding without the part that was asked for
     ├── ClosedError (RuntimeError)           a closed batcher was asked
     ├── ProcessorConfigError (ValueError)    an option that is not reproduced
     ├── BundleError                          a bundle on disk cannot be used
@@ -28,7 +29,7 @@
     │   └── PrecisionError (ValueError)      the device cannot compute in the precision asked for
     ├── InferenceError (RuntimeError)        ONNX Runtime failed, or use after fork
     │   ├── BatchMemoryError (MemoryError)   memory ran out, for half the batch too
-    │   └── NonFiniteError (ArithmeticError) NaN or infinity in the tokens
+    │   └── NonFiniteError (ArithmeticError) NaN or infinity in the outputs
     ├── OutputTypeError (RuntimeError)       VISTOWER_OUTPUT asks for what cannot be given
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     └── ExportError                          nothing was written
@@ -80,6 +81,10 @@ class EmptyInputError(VistowerError, ValueError):
 
 class OptionError(VistowerError, ValueError):
     """An argument of a call has a value that is not allowed."""
+
+
+class NoSuchOutputError(VistowerError, AttributeError):
+    """A part of an embedding that the family or the graph has not, or that was not asked for."""
 
 
 class ClosedError(VistowerError, RuntimeError):

@@ -1,7 +1,8 @@
 """Replays the golden vectors of a bundle: the numbers torch + transformers gave when it was made.
 
 A bundle keeps, under ``golden/``, small pictures as PNG and in one ``.npz`` per picture
-``NAME@HxW/pixel_values`` (1, 3, H, W) and ``NAME@HxW/last_hidden_state`` (1, T, D), float32.
+``NAME@HxW/pixel_values`` (1, 3, H, W) and every output of the graphs, such as
+``NAME@HxW/last_hidden_state`` (1, T, D) and ``NAME@HxW/pooler_output`` (1, D), float32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vistower.errors import (
 )
 from vistower.execution.cuda_problems import choose_device
 from vistower.execution.device import DeviceLike
+from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.precision import can_run
 from vistower.tolerance import PIXEL_TOLERANCE, TOLERANCES
 
@@ -40,7 +42,8 @@ class Replay:
 
 
 def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
-    """Check every file's SHA-256, then pixels and tokens of every golden picture and graph.
+    """Check every file's SHA-256, then pixels of every golden picture, and every output of
+    every graph.
 
     Graphs of a precision or of operators that the device does not run are left out.
 
@@ -59,9 +62,9 @@ def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
             f"vectors to replay."
         )
     bundle.check()
-    layouts = {size: bundle.layout_at(size) for size in bundle.resolutions}
+    shapes = {record.image_size: record.outputs for record in manifest.graphs.values()}
     on = choose_device(device).device
-    with GoldenFile(bundle.directory / GOLDEN_FILE, layouts) as golden:
+    with GoldenFile(bundle.directory / GOLDEN_FILE, shapes) as golden:
         files = {}
         for one in golden.pictures:
             name = f"{GOLDEN_DIRECTORY}/{one.picture}.png"
@@ -74,7 +77,7 @@ def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
             want = golden.pixel_values(one)
             have = bundle.preprocessor_at(one.resolution)(files[one])
             what = f"pixel_values of {one.name}"
-            yield _compared(what, have, want, np.ones(len(want)), PIXEL_TOLERANCE)
+            yield _compared(what, have, want, np.ones(1), PIXEL_TOLERANCE)
         ran = 0
         for kind, record in manifest.graphs.items():
             if not can_run(on, record.precision, record.domains):
@@ -84,10 +87,16 @@ def replay(bundle: Bundle, *, device: DeviceLike = "cpu") -> Iterator[Replay]:
             for one, file in files.items():
                 if one.resolution != record.image_size:
                     continue
-                have = encoder.forward(encoder.preprocess(file))[0]
-                want = golden.last_hidden_state(one)
-                norm = np.linalg.norm(want, axis=-1)
-                yield _compared(f"{kind} graph, tokens of {one.name}", have, want, norm, allowed)
+                pixel_values = encoder.preprocess(file)
+                for output, found in encoder.compute(
+                    pixel_values, dict.fromkeys(record.outputs)
+                ).items():
+                    want, have = golden.output(one, output), found[0]
+                    what = "tokens" if output == LAST_HIDDEN_STATE else output
+                    norm = np.linalg.norm(want, axis=-1, keepdims=True)
+                    yield _compared(
+                        f"{kind} graph, {what} of {one.name}", have, want, norm, allowed
+                    )
                 ran += 1
     if not ran:
         raise PrecisionError(
@@ -108,9 +117,9 @@ def _compared(
     scale: npt.NDArray[np.float32] | npt.NDArray[np.float64],
     allowed: float,
 ) -> Replay:
-    """Compare two arrays of one shape; ``scale`` divides the differences along axis 0."""
+    """Compare two arrays of one shape; ``scale`` divides the differences."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        difference = np.abs(have - want) / scale.reshape(-1, *[1] * (want.ndim - 1))
+        difference = np.abs(have - want) / scale
     worst = float(difference.max())
     if worst <= allowed:
         return Replay(what, worst, allowed)

@@ -27,6 +27,7 @@ from typing import Literal, get_args
 
 from vistower.errors import PrecisionError
 from vistower.execution.device import PROVIDERS, Device
+from vistower.families.record import Family
 from vistower.tolerance import GraphPrecision
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
@@ -51,11 +52,6 @@ RULES: Mapping[Precision, PrecisionRule] = MappingProxyType(
         "int8": PrecisionRule("int8", ("cpu",)),
     }
 )
-
-AUTO_ON_GPU: Mapping[str, GraphPrecision] = MappingProxyType(
-    {"clip_vision_model": "fp16", "dinov3_vit": "bf16"}
-)
-"""Model type → the precision that ``auto`` prefers on a GPU."""
 
 REDUCED = ("fp16", "bf16")
 """Precisions in which a sound tower can overflow to infinity."""
@@ -82,7 +78,7 @@ def choose_precision(
     wanted: str,
     device: Device,
     *,
-    model_type: str,
+    family: Family,
     available: Collection[str],
     compute_capability: tuple[int, int] | None = None,
 ) -> PrecisionChoice:
@@ -91,7 +87,7 @@ def choose_precision(
     Args:
         wanted: ``auto`` or a precision.
         device: where the session runs.
-        model_type: of the tower's config, e.g. ``dinov3_vit``.
+        family: of the tower.
         available: precisions of the graphs there are.
         compute_capability: the GPU's (major, minor); None where it is not known, which only an
             explicit request passes.
@@ -100,7 +96,7 @@ def choose_precision(
         PrecisionError: the precision is unknown, the device cannot, or there is no such graph.
     """
     if wanted == "auto":
-        return _auto(device, model_type, available, compute_capability)
+        return _auto(device, family, available, compute_capability)
     if wanted not in get_args(Precision):
         raise PrecisionError(
             f"precision={wanted!r} is not known. Use auto, {', '.join(get_args(Precision))}."
@@ -114,18 +110,19 @@ def choose_precision(
 
 def _auto(
     device: Device,
-    model_type: str,
+    family: Family,
     available: Collection[str],
     compute_capability: tuple[int, int] | None,
 ) -> PrecisionChoice:
-    best = AUTO_ON_GPU.get(model_type) if device.on_gpu else None
+    best = family.auto_on_gpu if device.on_gpu else None
     if best is None:
         where = "the CPU" if device.type == "cpu" else f"{device}"
         return PrecisionChoice("fp32", "fp32", False, f"auto on {where} is fp32")
     problem = _problem(best, device, available, compute_capability or (0, 0))
     if problem is not None:
         return PrecisionChoice("fp32", "fp32", False, f"auto would take {best}, but {problem}")
-    return PrecisionChoice(best, best, False, f"auto on a GPU is {best} for {model_type}")
+    reason = f"auto on a GPU is {best} for {family.model_type}"
+    return PrecisionChoice(best, best, False, reason)
 
 
 def _problem(

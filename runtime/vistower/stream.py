@@ -17,6 +17,7 @@ from collections.abc import (
     Generator,
     Iterable,
     Iterator,
+    Mapping,
 )
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -27,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.arguments import whole_number
+from vistower.embeddings import Embeddings, Parts
 from vistower.errors import ImageError, OptionError
 from vistower.forks import Process
 from vistower.pools import Pool, submit
 from vistower.preprocess.images import ImageInput
 from vistower.preprocess.several import Repeats, detached, plain
-from vistower.tokens import TokenLayout
 
 Array = npt.NDArray[np.float32]
 
@@ -70,34 +71,25 @@ class StreamOptions:
 
 
 @dataclass(frozen=True)
-class StreamResult:
+class StreamResult(Parts):
     """The embedding of one picture of a stream, or why it has none.
 
     ``index`` counts the pictures of the source from 0 and ``source`` is the picture as it was
-    given. ``error`` is None except under ``on_error="record"``; where it is set, reading ``cls``
-    or ``patches`` raises it.
+    given. ``error`` is None except under ``on_error="record"``; where it is set, reading any part
+    raises it. The parts are those of `Parts` without the leading axis: vectors have memory of their
+    own, ``patches`` and ``registers`` are views of their batch: copy what you keep alone.
     """
 
     index: int
     source: ImageInput
     error: ImageError | None = None
-    _cls: Array | None = field(default=None, repr=False)
-    _patches: Array | None = field(default=None, repr=False)
+    _parts: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    _absent: Mapping[str, str] = field(default_factory=dict, repr=False)
 
-    @property
-    def cls(self) -> Array:
-        """The CLS token (D,) float32, memory of its own."""
-        return self._had(self._cls)
-
-    @property
-    def patches(self) -> Array:
-        """The patch tokens (N, D) float32, a view of its batch: copy what you keep alone."""
-        return self._had(self._patches)
-
-    def _had(self, tokens: Array | None) -> Array:
-        if tokens is None:
-            raise cast("ImageError", self.error)
-        return tokens
+    def _part(self, name: str) -> Array:
+        if self.error is not None:
+            raise self.error
+        return super()._part(name)
 
 
 @dataclass
@@ -117,10 +109,10 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Done:
-    """A batch after its forward pass: errors by row; ``state`` holds the rows without one."""
+    """A batch after its forward pass: errors by row; ``found`` holds the rows without one."""
 
     errors: list[BaseException | None]
-    state: Array | None
+    found: Embeddings | None
 
 
 class Pipeline:
@@ -128,22 +120,19 @@ class Pipeline:
 
     def __init__(
         self,
-        layout: TokenLayout,
         empty: Callable[[int], Array],
         prepare: Callable[[ImageInput, Array], object],
-        forward: Callable[[Array], Array],
+        forward: Callable[[Array], Embeddings],
         options: StreamOptions,
     ) -> None:
         """Join the two stages.
 
         Args:
-            layout: of the tower.
             empty: an uninitialized batch (B, 3, H, W).
             prepare: writes the ``pixel_values`` (3, H, W) of a picture; called by many threads.
-            forward: (B, 3, H, W) → ``last_hidden_state`` (B, T, D); called by one thread.
+            forward: (B, 3, H, W) → what is asked of them; called by one thread.
             options: the sizes.
         """
-        self._layout = layout
         self._empty = empty
         self._prepare = prepare
         self._forward = forward
@@ -209,9 +198,9 @@ class Pipeline:
         for offset, (source, error) in enumerate(zip(batch.sources, done.errors, strict=True)):
             index = batch.start + offset
             if error is None:
-                state = cast("Array", done.state)[row : row + 1]
-                cls, patches = self._layout.cls(state)[0].copy(), self._layout.patches(state)[0]
-                self._ready.append(StreamResult(index, source, None, cls, patches))
+                found = cast("Embeddings", done.found)
+                parts = found.row(row)
+                self._ready.append(StreamResult(index, source, None, parts, found._absent))
                 row += 1
             elif not isinstance(error, ImageError) or on_error == "raise":
                 self._ready.append(error)

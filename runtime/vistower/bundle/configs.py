@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from vistower.backbones import CONFIG_DEFAULTS, Family
 from vistower.bundle.manifest import MANIFEST_FILE
 from vistower.bundle.reading import read_json
 from vistower.errors import BundleCorruptError, BundleUnsupportedError, ProcessorConfigError
+from vistower.families import GROUP, Family, find_family, known_types
 from vistower.preprocess.processor import Preprocessor
 from vistower.schema import Either, ListOf, Maybe, Record, Rule, SchemaError, Text, Whole
 from vistower.tokens import TokenLayout
@@ -21,12 +21,10 @@ from vistower.tokens import TokenLayout
 _SIDE = Whole(1, 1 << 14)
 _SIDES = Either(_SIDE, ListOf(_SIDE, 2, 2))
 
-_ONE_SIZE = ("clip_vision_model",)
-"""Model types whose position embedding is learned for one size."""
-
 _TOWER: Mapping[str, Rule] = {
     "model_type": Text(longest=64),
     "hidden_size": Whole(1, 1 << 16),
+    "hidden_sizes": ListOf(Whole(1, 1 << 16), 1, 64),
     "patch_size": _SIDES,
     "image_size": _SIDES,
     "num_register_tokens": Whole(0, 4096),
@@ -53,37 +51,57 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def tower_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The vision tower's part of a ``config.json``, with the defaults it leaves out."""
+    """The vision tower's part of a ``config.json``, with the defaults it leaves out.
+
+    Raises:
+        BundleUnsupportedError: see `find_family`.
+    """
     vision = config.get("vision_config")
     if isinstance(vision, dict):
-        known = {"model_type": "clip_vision_model"} if config.get("model_type") == "clip" else {}
-        config = known | vision
-    return {**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+        whole = find_family(str(config.get("model_type")))
+        config = ({} if whole is None else {"model_type": whole.model_type}) | vision
+    family = find_family(str(config.get("model_type")))
+    return {**(family.config_defaults if family is not None else {}), **config}
 
 
-def layout_of(path: Path, config: Mapping[str, Any], image_size: tuple[int, int]) -> TokenLayout:
+def family_of(path: Path, model_type: object) -> Family:
+    """The family that a file says its tower is of.
+
+    Raises:
+        BundleUnsupportedError: there is none here; the message says what is missing.
+    """
+    family = find_family(str(model_type))
+    if family is None or family.model_type != model_type:
+        raise BundleUnsupportedError(
+            f"{path} is of model type {model_type!r}, and no family of that name is installed. "
+            f"This vistower has {', '.join(known_types())}; others come with distributions that "
+            f"have an entry point {model_type!r} in the group {GROUP}. Install the one that the "
+            f"bundle was made with, or the vistower that wrote it."
+        )
+    return family
+
+
+def layout_of(
+    path: Path, config: Mapping[str, Any], family: Family, image_size: tuple[int, int]
+) -> TokenLayout:
     """The token layout that a tower's config describes, for a bundle without a manifest.
 
     Raises:
-        BundleUnsupportedError: of an unknown model type.
+        BundleUnsupportedError: patches that are not square.
         BundleCorruptError: it contradicts the processor's picture size.
     """
-    if config.get("model_type") not in get_args(Family):
-        raise BundleUnsupportedError(
-            f"{path} says model_type={config.get('model_type')!r}; without a {MANIFEST_FILE} only "
-            f"{' and '.join(get_args(Family))} are understood."
-        )
-    height, width = sides(config["patch_size"])
+    height, width = sides(family.stride or config["patch_size"])
     if height != width:
         raise BundleUnsupportedError(f"{path}: patches of {height}x{width} pixels are not known.")
     layout = TokenLayout(
         image_size=image_size,
         patch_size=height,
-        num_register_tokens=config.get("num_register_tokens", 0),
-        hidden_size=config["hidden_size"],
+        num_register_tokens=config.get("num_register_tokens", 0) if family.has_registers else 0,
+        hidden_size=family.hidden_size(config),
+        num_cls_tokens=int(family.has_cls),
     )
     native = config.get("image_size", image_size)
-    if config["model_type"] in _ONE_SIZE and sides(native) != image_size:
+    if family.positions == "learned" and sides(native) != image_size:
         raise BundleCorruptError(
             f"{path} says image_size={native!r}, but the processor beside it gives pictures of "
             f"{image_size[0]}x{image_size[1]}."
@@ -92,27 +110,42 @@ def layout_of(path: Path, config: Mapping[str, Any], image_size: tuple[int, int]
 
 
 def check_config(
-    path: Path, config: Mapping[str, Any], model_type: str, layout: TokenLayout
+    path: Path,
+    config: Mapping[str, Any],
+    family: Family,
+    layout: TokenLayout,
+    native_size: tuple[int, int] | None,
 ) -> None:
     """Compare a tower's config with a manifest.
 
     Raises:
         BundleCorruptError: naming what the two say.
     """
-    manifest: dict[str, Any] = {
-        "model_type": model_type,
-        "hidden_size": layout.hidden_size,
-        "patch_size": [layout.patch_size, layout.patch_size],
-        "num_register_tokens": layout.num_register_tokens,
+    size = layout.hidden_size
+    manifest: dict[str, tuple[Any, Any]] = {
+        "model_type": (config.get("model_type", family.model_type), family.model_type),
+        family.width_key: (family.hidden_size(config), size),
     }
-    if model_type in _ONE_SIZE:
-        manifest["image_size"] = list(layout.image_size)
-    for key, value in manifest.items():
-        said = config.get(key, value)
-        if said != value and [said, said] != value:
+    if family.stride is None:
+        patch = (layout.patch_size, layout.patch_size)
+        manifest["patch_size"] = sides(config.get("patch_size", patch)), patch
+    tokens = layout.num_cls_tokens, layout.num_register_tokens if family.has_registers else 0
+    if tokens != (int(family.has_cls), layout.num_register_tokens):
+        raise BundleCorruptError(
+            f"{path.with_name(MANIFEST_FILE)} says {layout.num_cls_tokens} CLS and "
+            f"{layout.num_register_tokens} register tokens, which a {family.model_type} has not. "
+            f"It was edited: export the bundle again."
+        )
+    if family.has_registers:
+        registers = layout.num_register_tokens
+        manifest["num_register_tokens"] = config.get("num_register_tokens", registers), registers
+    if native_size is not None:
+        manifest["image_size"] = sides(config.get("image_size", native_size)), native_size
+    for key, (said, value) in manifest.items():
+        if said != value:
             raise BundleCorruptError(
-                f"{path} says {key}={said!r}, but {path.with_name(MANIFEST_FILE)} says {value!r}. "
-                f"One of them was edited: export the bundle again."
+                f"{path} says {key}={config.get(key)!r}, but {path.with_name(MANIFEST_FILE)} says "
+                f"{value!r}. One of them was edited: export the bundle again."
             )
 
 
@@ -134,6 +167,6 @@ def check_processor(path: Path, preprocessor: Preprocessor, image_size: tuple[in
         )
 
 
-def sides(value: int | list[int]) -> tuple[int, int]:
+def sides(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """Height and width of what a config gives as one number or two."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

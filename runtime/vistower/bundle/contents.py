@@ -19,6 +19,7 @@ from typing import Any
 from vistower.bundle.configs import (
     check_config,
     check_processor,
+    family_of,
     layout_of,
     read_config,
     tower_part,
@@ -28,6 +29,7 @@ from vistower.bundle.graphs import BundleGraph, check_file, held_precision
 from vistower.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, PROCESSOR_FILE, Manifest
 from vistower.bundle.reading import read_json, regular_file
 from vistower.errors import BundleCorruptError, BundleNotFoundError
+from vistower.families import Family
 from vistower.lazy import cached_property
 from vistower.preprocess.processor import Pixels, Preprocessor
 from vistower.printable import printable
@@ -75,7 +77,7 @@ class Bundle:
         for name, record in manifest.files.items():
             check_file(path / name, record, "never")
         layout = manifest.layout
-        check_config(path / CONFIG_FILE, bundle.config, manifest.model_type, layout)
+        check_config(path / CONFIG_FILE, bundle.config, bundle.family, layout, manifest.native_size)
         check_processor(path / PROCESSOR_FILE, bundle.preprocessor, layout.image_size)
         return bundle
 
@@ -126,7 +128,7 @@ class Bundle:
         if self.manifest is not None:
             return self.manifest.layout
         path = self.directory / CONFIG_FILE
-        return layout_of(path, self.config, self.preprocessor.output_size)
+        return layout_of(path, self.config, self.family, self.preprocessor.output_size)
 
     @cached_property
     def processor_config(self) -> dict[str, Any]:
@@ -168,10 +170,22 @@ class Bundle:
             sizes |= {record.image_size: None for record in self.manifest.graphs.values()}
         return tuple(sizes)
 
+    @cached_property
+    def family(self) -> Family:
+        """The record of the tower's family."""
+        if self.manifest is not None:
+            return family_of(self.directory / MANIFEST_FILE, self.manifest.model_type)
+        return family_of(self.directory / CONFIG_FILE, self.config.get("model_type"))
+
     @property
     def model_type(self) -> str:
-        """The tower's family, e.g. ``dinov3_vit``."""
-        return self.manifest.model_type if self.manifest else str(self.config.get("model_type"))
+        """The tower's family by name, e.g. ``dinov3_vit``."""
+        return self.family.model_type
+
+    @cached_property
+    def _kernel(self) -> tuple[int, int]:
+        """Side and width of the first product, see `BundleGraph.kernel`."""
+        return self.family.kernel(self.config, self.layout.patch_size)
 
     def graph(self, name: str) -> BundleGraph:
         """A graph by its name.
@@ -239,6 +253,7 @@ class Bundle:
                 pixels="float32",
                 portable=all(domain == "" for domain, _ in facts.operators),
                 layout=self.layout,
+                kernel=self._kernel,
                 directory=self.directory,
                 record=None,
                 files={},
@@ -252,6 +267,7 @@ class Bundle:
                 pixels=record.pixels,
                 portable=not set(record.domains) - {""},
                 layout=self.layout_at(record.image_size),
+                kernel=self._kernel,
                 directory=self.directory,
                 record=record,
                 files=self.manifest.files,

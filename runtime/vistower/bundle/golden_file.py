@@ -1,7 +1,7 @@
 """Reads ``golden/golden.npz`` without trusting it: its arrays have known shapes, or it is refused.
 
 A ``.npz`` is a zip of ``.npy`` files, and each of both layers can claim any size. Nothing is
-unpacked before its claims are compared with what the bundle's token layout implies and with the
+unpacked before its claims are compared with what the bundle's manifest says and with the
 bytes that are there; compression, which ``numpy.savez`` does not use, is refused.
 """
 
@@ -14,17 +14,21 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle.reading import open_regular
 from vistower.errors import BundleCorruptError
-from vistower.tokens import TokenLayout
+from vistower.families.record import OUTPUTS
 
 MOST_PICTURES = 256
 """Golden pictures of a bundle, all resolutions together; an export writes three and one each."""
+
+PIXELS = "pixel_values"
+
+_MOST_ARRAYS = (1 + len(OUTPUTS)) * MOST_PICTURES
 
 _KEY = re.compile(r"(?P<picture>[\w.-]{1,64})@(?P<height>\d{1,5})x(?P<width>\d{1,5})")
 _HEADER = re.compile(
@@ -38,6 +42,9 @@ _LONGEST_ENTRY = 256
 """Bytes of an entry of the zip's directory."""
 
 Array = npt.NDArray[np.float32]
+
+Shapes: TypeAlias = Mapping[tuple[int, int], Mapping[str, tuple[int, ...]]]
+"""(height, width) in pixels → output → shape without the batch."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +62,21 @@ class GoldenPicture:
 class GoldenFile:
     """An open ``golden.npz``; arrays are read when they are asked for."""
 
-    def __init__(self, path: Path, layouts: Mapping[tuple[int, int], TokenLayout]) -> None:
+    def __init__(self, path: Path, shapes: Shapes) -> None:
         """Open it and check what it claims.
 
         Args:
             path: the file.
-            layouts: resolution → token layout, of every graph.
+            shapes: of the outputs of every graph, by resolution.
 
         Raises:
             BundleCorruptError: it is not what an export writes, or has nothing for a resolution.
         """
         self._path = path
-        self._layouts = layouts
+        self._shapes = {
+            resolution: {PIXELS: (3, *resolution), **outputs}
+            for resolution, outputs in shapes.items()
+        }
         file = os.fdopen(open_regular(path), "rb")
         try:
             _check_end(file, path)
@@ -89,20 +99,16 @@ class GoldenFile:
 
     def pixel_values(self, picture: GoldenPicture) -> Array:
         """(3, H, W), float32."""
-        return self._array(f"{picture.name}/pixel_values", self._shapes(picture)[0])
+        return self.output(picture, PIXELS)
 
-    def last_hidden_state(self, picture: GoldenPicture) -> Array:
-        """(T, D), float32."""
-        return self._array(f"{picture.name}/last_hidden_state", self._shapes(picture)[1])
+    def output(self, picture: GoldenPicture, name: str) -> Array:
+        """An output of the graphs for a picture, (T, D) or (D,), float32."""
+        return self._array(f"{picture.name}/{name}", self._shapes[picture.resolution][name])
 
     def _wrong(self, what: str) -> BundleCorruptError:
         return BundleCorruptError(
             f"{self._path} holds no golden vectors of this bundle: {what}. Export the bundle again."
         )
-
-    def _shapes(self, picture: GoldenPicture) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        layout = self._layouts[picture.resolution]
-        return (3, *picture.resolution), (layout.num_tokens, layout.hidden_size)
 
     def _checked(self) -> Iterator[GoldenPicture]:
         entries = self._zip.infolist()
@@ -117,18 +123,22 @@ class GoldenFile:
             raise self._wrong("it is compressed, or claims more than it holds")
         found: dict[str, GoldenPicture] = {}
         for name in sorted(names):
-            key, _, kind = name.partition("/")
+            key, _, file = name.partition("/")
             match = _KEY.fullmatch(key)
-            if match is None or kind not in ("pixel_values.npy", "last_hidden_state.npy"):
+            kind = file.removesuffix(".npy")
+            if match is None or file == kind or kind not in (PIXELS, *OUTPUTS):
                 raise self._wrong(f"{name!r} is no array of it")
             resolution = int(match["height"]), int(match["width"])
-            if resolution not in self._layouts:
+            if resolution not in self._shapes:
                 raise self._wrong(f"{name!r} is of no resolution of the bundle's graphs")
+            if kind not in self._shapes[resolution]:
+                raise self._wrong(f"{name!r} is of no output of the bundle's graphs")
             found[key] = GoldenPicture(key, match["picture"], resolution)
-        for key in found:
-            if not {f"{key}/pixel_values.npy", f"{key}/last_hidden_state.npy"} <= names:
-                raise self._wrong(f"of {key!r} one of the two arrays is missing")
-        for height, width in self._layouts.keys() - {one.resolution for one in found.values()}:
+        for key, one in found.items():
+            for kind in self._shapes[one.resolution]:
+                if f"{key}/{kind}.npy" not in names:
+                    raise self._wrong(f"of {key!r} {kind} is missing")
+        for height, width in self._shapes.keys() - {one.resolution for one in found.values()}:
             raise self._wrong(f"there are none for {height}x{width} pixels")
         yield from found.values()
 
@@ -170,9 +180,9 @@ def _check_end(file: BinaryIO, path: Path) -> None:
     if plain:
         signature, _, _, _, entries, length, _, comment = _END.unpack(tail[-_END.size :])
         plain = signature == b"PK\x05\x06" and comment == 0
-    if not plain or entries > 2 * MOST_PICTURES or length > entries * _LONGEST_ENTRY:
+    if not plain or entries > _MOST_ARRAYS or length > entries * _LONGEST_ENTRY:
         raise BundleCorruptError(
-            f"{path} is not the plain zip of at most {2 * MOST_PICTURES} arrays that an export "
+            f"{path} is not the plain zip of at most {_MOST_ARRAYS} arrays that an export "
             f"writes. Export the bundle again."
         )
     file.seek(0)

@@ -66,6 +66,7 @@ class BundleGraph:
         pixels: the type of ``pixel_values``.
         portable: whether it has standard operators only.
         layout: where its tokens lie; ``layout.image_size`` is what it takes.
+        kernel: pixels of a side and outputs of its first product, the patch embedding as a rule.
         directory: the bundle's.
         record: what the manifest says of it; None without one.
         files: the manifest's records of all files; empty without one.
@@ -77,6 +78,7 @@ class BundleGraph:
     pixels: Pixels
     portable: bool
     layout: TokenLayout
+    kernel: tuple[int, int]
     directory: Path
     record: GraphRecord | None
     files: Mapping[str, FileRecord]
@@ -102,8 +104,7 @@ class BundleGraph:
             raise BundleCorruptError(
                 f"{self.path} holds {held}, but is said to be {self.precision}. {self._edited}"
             )
-        patch = self.layout.patch_size
-        width = self.layout.hidden_size
+        patch, width = self.kernel
         if self.record is not None:
             self._check_record(facts, self.record)
         elif facts.kernel is None:
@@ -112,27 +113,43 @@ class BundleGraph:
         if facts.kernel not in ((width, 3, patch, patch), (flat, width), (width, flat)):
             raise BundleCorruptError(
                 f"{self.path} has a patch embedding of {list(facts.kernel or ())}, but is said to "
-                f"have patches of {patch}x{patch} and {width} numbers a token. {self._edited}"
+                f"have one of {patch}x{patch} pixels and {width} numbers. {self._edited}"
             )
         return loadable
 
-    def check_ports(self, source: PortShape, target: PortShape) -> None:
-        """Compare shapes and types of the loaded graph's input and output, batch left out.
+    def shape(self, output: str) -> tuple[int, ...] | None:
+        """Shape of an output without the batch; None where the bundle does not say it."""
+        if self.record is not None:
+            return self.record.outputs.get(output)
+        return self.layout.shape(output)
+
+    def check_outputs(self, names: tuple[str, ...]) -> None:
+        """Compare the names of a loaded graph's outputs; one without a record may have any.
+
+        Raises:
+            BundleCorruptError: naming the difference.
+        """
+        if self.record is not None and set(names) != set(self.record.outputs):
+            raise BundleCorruptError(
+                f"{self.path} has the outputs {', '.join(sorted(names))}, but is said to have "
+                f"{', '.join(sorted(self.record.outputs))}. {self._edited}"
+            )
+
+    def check_ports(self, source: PortShape, *targets: PortShape) -> None:
+        """Compare shapes and types of the loaded graph's input and outputs, batch left out.
 
         Raises:
             BundleCorruptError: naming the difference.
         """
         layout = self.layout
-        wanted = (
-            ("pixel_values", source, (self.pixels,), (3, *layout.image_size)),
-            (
-                "last_hidden_state",
-                target,
-                ("float32", "float16"),
-                (layout.num_tokens, layout.hidden_size),
-            ),
-        )
-        for name, (dtype, shape), dtypes, expected in wanted:
+        for name, dtype, shape in (source, *targets):
+            dtypes: tuple[str, ...] = ("float32", "float16")
+            expected = self.shape(name)
+            if (name, dtype, shape) == source:
+                dtypes, expected = (self.pixels,), (3, *layout.image_size)
+            if expected is None:
+                # Of another exporter: one vector a picture, of any width.
+                expected = shape if len(shape) == 1 else (layout.hidden_size,)
             if dtype not in dtypes or shape != expected:
                 raise BundleCorruptError(
                     f"{self.path}: {name} is {dtype} of {list(shape)} a picture, but is said to be "
@@ -173,8 +190,8 @@ class BundleGraph:
                 )
 
 
-PortShape = tuple[str, tuple[int, ...]]
-"""NumPy's name of an element type, and a shape without the batch."""
+PortShape = tuple[str, str, tuple[int, ...]]
+"""Name of an input or output, NumPy's of its element type, and its shape without the batch."""
 
 
 def checked_file(path: Path, directory: Path) -> Loadable:

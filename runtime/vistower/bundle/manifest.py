@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from vistower.backbones import Family
 from vistower.bundle.reading import read_json
 from vistower.errors import BundleCorruptError, BundleUnsupportedError, ProcessorConfigError
+from vistower.families.record import LAST_HIDDEN_STATE, OUTPUTS
 from vistower.preprocess.processor import Backend, Pixels, Transparency
 from vistower.preprocess.release import Release
 from vistower.schema import (
@@ -37,7 +37,8 @@ MANIFEST_FILE = "vistower.json"
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 GOLDEN_FILE = "golden/golden.npz"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: graphs list their outputs, and every one has its certificate."""
 
 DOMAINS = ("", "com.microsoft")
 """Operator domains of a bundle's graphs: the standard's, and ONNX Runtime's own."""
@@ -55,6 +56,9 @@ _SIDE = Whole(1, 1 << 14)
 """Pixels of a picture's or a patch's side."""
 
 _SIZE = ListOf(_SIDE, 2, 2)
+_LENGTH = Whole(1, 1 << 22)
+"""Tokens of a picture, or numbers of a vector."""
+
 _FILE = Text(
     r"(?!\.\.?(/|$))[^\\/:*?\"<>|]+(/(?!\.\.?(/|$))[^\\/:*?\"<>|]+)*",
     "a relative path inside the bundle, its parts joined by /",
@@ -63,14 +67,25 @@ _DIFFERENCE = Real(0, 1e30)
 _COSINE = Real(-1.001, 1.001)
 _TOKENS = Record({"max_abs": _DIFFERENCE, "cosine": _COSINE, "cosine_mean": _COSINE})
 
+_VECTOR = Record(
+    {
+        "max_abs": _DIFFERENCE,
+        "max_rel": _DIFFERENCE,
+        "cosine": _COSINE,
+        "cosine_mean": _COSINE,
+        "norm": _DIFFERENCE,
+    }
+)
+
 _PARITY = Record(
     {
         "max_abs": _DIFFERENCE,
         "max_rel": _DIFFERENCE,
         "cosine": _COSINE,
-        "cls": _TOKENS,
+        "cls": Maybe(_TOKENS),
         "patches": _TOKENS,
         "token_norm": _DIFFERENCE,
+        "vectors": MapOf(Choice(tuple(OUTPUTS)), _VECTOR, 0, len(OUTPUTS)),
         "images": ListOf(Text(), 0, 4096),
         "method": Text(),
     }
@@ -82,6 +97,7 @@ _GRAPH = Record(
         "precision": Choice(tuple(TOLERANCES)),
         "image_size": _SIZE,
         "pixels": Choice(get_args(Pixels)),
+        "outputs": MapOf(Choice(tuple(OUTPUTS)), ListOf(_LENGTH, 1, 2), 1, len(OUTPUTS)),
         "opset": Whole(1, 1000),
         "ir_version": Whole(1, 1000),
         "nodes": Whole(1, 1 << 20),
@@ -114,8 +130,10 @@ MANIFEST = Record(
                 "patch_size": _SIDE,
                 "num_register_tokens": Whole(0, 4096),
                 "hidden_size": Whole(1, 1 << 16),
+                "num_cls_tokens": Whole(0, 1),
             }
         ),
+        "native_size": Maybe(_SIZE),
         "preprocessing": Record(
             {
                 "processor": Text(r"\w+", "the name of a class", 64),
@@ -202,22 +220,44 @@ class TokenParity:
 
 
 @dataclass(frozen=True)
+class VectorParity:
+    """An output of one vector a picture, compared with torch's.
+
+    ``max_rel`` is the largest difference over the L2 norm of its vector, ``norm`` the mean norm;
+    the others as of `TokenParity`.
+    """
+
+    max_abs: float
+    max_rel: float
+    cosine: float
+    cosine_mean: float
+    norm: float
+
+
+@dataclass(frozen=True)
 class Parity:
-    """A graph compared with torch + transformers in float32, from image file to tokens.
+    """A graph compared with torch + transformers in float32, from image file to every output.
 
     Over all tokens, registers too: ``max_abs`` is the largest absolute difference, ``max_rel`` the
     largest difference divided by the L2 norm of its token, ``cosine`` the smallest token cosine.
+    ``cls`` is None where there is no CLS token; ``vectors`` are the other outputs by name.
     ``images`` are the pictures used; ``method`` says what computed the graph's side.
     """
 
     max_abs: float
     max_rel: float
     cosine: float
-    cls: TokenParity
+    cls: TokenParity | None
     patches: TokenParity
     token_norm: float
     images: tuple[str, ...]
     method: str
+    vectors: Mapping[str, VectorParity]
+
+    @property
+    def compared(self) -> dict[str, Parity | VectorParity]:
+        """Every output by name: ``max_abs``, ``max_rel`` and ``cosine`` of each."""
+        return {LAST_HIDDEN_STATE: self, **self.vectors}
 
 
 @dataclass(frozen=True)
@@ -226,7 +266,8 @@ class GraphRecord:
 
     ``image_size`` is (height, width) in pixels. ``pixels`` is the type of ``pixel_values``:
     float32 as the processor gives them, or the uint8 levels before it rescales and normalizes,
-    which the graph then does. ``calibration`` says which pictures decided the
+    which the graph then does. ``outputs`` maps each output to its shape without the batch.
+    ``calibration`` says which pictures decided the
     ranges of an int8 graph, ``float_products`` which matrix products of it stayed in float32.
     """
 
@@ -234,6 +275,7 @@ class GraphRecord:
     precision: GraphPrecision
     image_size: tuple[int, int]
     pixels: Pixels
+    outputs: Mapping[str, tuple[int, ...]]
     opset: int
     ir_version: int
     nodes: int
@@ -255,7 +297,8 @@ class FileRecord:
 class Manifest:
     """Everything in ``vistower.json``.
 
-    ``layout`` is that of the bundle's default resolution; ``graphs`` maps a graph's name
+    ``layout`` is that of the bundle's default resolution, ``native_size`` (height, width) in pixels
+    what the position embedding was learned for, None without one; ``graphs`` maps a graph's name
     (``portable``, ``ort``, ``int8``; of a further resolution ``ort@512x768``) to its record;
     ``made_with`` maps a library to its version; ``export_peak_bytes`` is the exporter's peak
     resident memory and ``weight_bytes`` the size of the float32 matrices.
@@ -266,6 +309,7 @@ class Manifest:
     hf_class: str
     source: Source
     layout: TokenLayout
+    native_size: tuple[int, int] | None
     preprocessing: Preprocessing
     graphs: Mapping[str, GraphRecord]
     made_with: Mapping[str, str]
@@ -283,7 +327,7 @@ class Manifest:
 
         Raises:
             BundleCorruptError: it is not what an exporter writes; the message names the place.
-            BundleUnsupportedError: its format version or model type is not known.
+            BundleUnsupportedError: its format version is not known.
         """
         data = read_json(path)
         version = data.get("format_version")
@@ -300,11 +344,6 @@ class Manifest:
             raise BundleCorruptError(
                 f"{path} is not a manifest an exporter wrote: {error}. Export the bundle again."
             ) from error
-        if manifest.model_type not in get_args(Family):
-            raise BundleUnsupportedError(
-                f"{path} is of a {manifest.model_type}; this vistower knows "
-                f"{', '.join(get_args(Family))}. Install the vistower that wrote it."
-            )
         return manifest
 
 
@@ -316,13 +355,17 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     for kind, record in data["graphs"].items():
         parity = {
             **record["parity"],
-            "cls": TokenParity(**record["parity"]["cls"]),
+            "cls": None if (cls := record["parity"]["cls"]) is None else TokenParity(**cls),
             "patches": TokenParity(**record["parity"]["patches"]),
             "images": tuple(record["parity"]["images"]),
+            "vectors": {
+                name: VectorParity(**vector) for name, vector in record["parity"]["vectors"].items()
+            },
         }
         fields = {
             "parity": Parity(**parity),
             "image_size": _pair(record["image_size"]),
+            "outputs": {name: tuple(shape) for name, shape in record["outputs"].items()},
             "domains": tuple(record["domains"]),
             "float_products": tuple(record["float_products"]),
         }
@@ -333,6 +376,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
             **data,
             "source": Source(**source),
             "layout": TokenLayout(**layout),
+            "native_size": None if data["native_size"] is None else _pair(data["native_size"]),
             "preprocessing": Preprocessing(**data["preprocessing"]),
             "graphs": graphs,
             "files": {name: FileRecord(**record) for name, record in data["files"].items()},
@@ -373,6 +417,7 @@ def _check_relations(manifest: Manifest) -> None:
         if "" not in graph.domains:
             raise SchemaError(f"{place}.domains lacks the standard one")
         sizes[place] = graph.image_size
+        _check_outputs(place, manifest, graph)
     for place, (height, width) in sizes.items():
         if height % patch or width % patch:
             raise SchemaError(
@@ -380,3 +425,29 @@ def _check_relations(manifest: Manifest) -> None:
             )
     if manifest.layout.image_size not in list(sizes.values())[1:]:
         raise SchemaError("layout.image_size is that of no graph")
+
+
+def _check_outputs(place: str, manifest: Manifest, graph: GraphRecord) -> None:
+    """Every graph has the tokens of its layout, the same vectors as the others, and a certificate
+    of each.
+
+    Raises:
+        SchemaError: naming the place.
+    """
+    layout = replace(manifest.layout, image_size=graph.image_size)
+    tokens = graph.outputs.get(LAST_HIDDEN_STATE)
+    if tokens != layout.shape(LAST_HIDDEN_STATE):
+        raise SchemaError(
+            f"{place}.outputs.{LAST_HIDDEN_STATE} is {list(tokens or ())}, but its layout says "
+            f"{[layout.num_tokens, layout.hidden_size]}"
+        )
+    vectors = {name: shape for name, shape in graph.outputs.items() if name != LAST_HIDDEN_STATE}
+    if any(len(shape) != 1 for shape in vectors.values()):
+        raise SchemaError(f"{place}.outputs has a vector of several axes")
+    if vectors.keys() != graph.parity.vectors.keys():
+        raise SchemaError(f"{place}.parity.vectors is not of the outputs")
+    first = next(iter(manifest.graphs.values())).outputs
+    if vectors != {name: shape for name, shape in first.items() if name != LAST_HIDDEN_STATE}:
+        raise SchemaError(f"{place}.outputs is unlike that of the first graph")
+    if (graph.parity.cls is None) != (layout.num_cls_tokens == 0):
+        raise SchemaError(f"{place}.parity.cls is unlike the layout")

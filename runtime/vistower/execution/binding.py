@@ -1,9 +1,10 @@
 """Runs a session by IO binding: buffers that keep their addresses, batch buckets, CUDA graphs.
 
-Input and output live in two buffers as large as the largest batch so far. A batch of B pictures
-is bound as the first B rows of them, so no batch size allocates anything of its own. With buckets
-a batch is padded with zeros to the smallest bucket that holds it; the rows of a batch do not
-depend on each other, and only the first B come back.
+Input and outputs live in a buffer each, as large as the largest batch so far. All outputs are
+always computed, which keeps the addresses; only what is wanted of them is copied out. A batch of B
+pictures is bound as the first B rows of them, so no batch size allocates anything of its own. With
+buckets a batch is padded with zeros to the smallest bucket that holds it; the rows of a batch do
+not depend on each other, and only the first B come back.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,10 @@ BINDINGS_KEPT = 64
 """Batch sizes whose binding is kept; without buckets there could be any number of them."""
 
 
+Wanted: TypeAlias = Mapping[str, int | None]
+"""Name of an output → how many of its first tokens are wanted; None for all there is."""
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of a graph: its name, its dtype, its shape without the batch."""
@@ -46,6 +51,10 @@ class Port:
     def row(self) -> int:
         """Bytes of one picture's row."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def leading(self, tokens: int | None) -> tuple[int, ...]:
+        """The shape of the first tokens alone; None for the whole."""
+        return self.shape if tokens is None else (tokens, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class BoundRunner:
         memory: Memory,
         *,
         source: Port,
-        target: Port,
+        targets: Sequence[Port],
         options: SessionOptions,
     ) -> None:
         """Bind nothing yet.
@@ -78,44 +87,61 @@ class BoundRunner:
         Args:
             module: ONNX Runtime.
             session: its ``InferenceSession``.
-            memory: where input and output lie.
+            memory: where input and outputs lie.
             source: the graph's input.
-            target: the graph's output.
+            targets: the graph's outputs.
             options: buckets, CUDA graphs and shrinking are read.
         """
         self._module = module
         self._session = session
         self._memory = memory
         self._source = source
-        self._target = target
+        self._targets = {port.name: port for port in targets}
         self._options = options
         self._capacity = 0
         self._stale = 0
         """Rows of the input buffer, from the first, that may hold an earlier batch."""
         self._input: Any = None
-        self._output: Any = None
+        self._outputs: dict[str, Any] = {}
         self._bindings: dict[int, Any] = {}
         self._captured: set[int] = set()
 
-    def run(self, batch: npt.NDArray[Any], *, shrink: bool = False) -> npt.NDArray[Any]:
-        """A batch (B, ...) of any size → its output (B, ...), an array of the caller's own."""
-        shape = (len(batch), *self._target.shape)
-        result = self._memory.empty(shape, self._target.dtype)
+    def run(
+        self, batch: npt.NDArray[Any], wanted: Wanted, *, shrink: bool = False
+    ) -> dict[str, npt.NDArray[Any]]:
+        """A batch (B, ...) of any size → the outputs wanted (B, ...), the caller's own arrays."""
+        results = {
+            name: self._memory.empty(
+                (len(batch), *self._targets[name].leading(tokens)), self._targets[name].dtype
+            )
+            for name, tokens in wanted.items()
+        }
         for start, part in self._parts(batch):
             self._compute(part, shrink=shrink)
-            address = result.ctypes.data + start * self._target.row
-            size = len(part) * self._target.row
-            self._memory.copy(address, self._output.data_ptr(), size, "out")
-        return result
+            for name, result in results.items():
+                self._take(name, result[start : start + len(part)], wanted[name])
+        return results
 
-    def run_on_device(self, batch: npt.NDArray[Any]) -> Any:
-        """The same, its output an ``OrtValue`` of the caller's own that stays on the device."""
-        result = self._allocate(len(batch), self._target)
+    def _take(self, name: str, out: npt.NDArray[Any], tokens: int | None) -> None:
+        """Copy the first rows of an output's buffer, and of each the first tokens."""
+        address, source = out.ctypes.data, self._outputs[name].data_ptr()
+        if tokens is None:
+            self._memory.copy(address, source, out.nbytes, "out")
+            return
+        size = out[0].nbytes
+        for picture in range(len(out)):
+            place = source + picture * self._targets[name].row
+            self._memory.copy(address + picture * size, place, size, "out")
+
+    def run_on_device(self, batch: npt.NDArray[Any], name: str) -> Any:
+        """One output, as an ``OrtValue`` of the caller's own that stays on the device."""
+        target = self._targets[name]
+        result = self._allocate(len(batch), target)
         for start, part in self._parts(batch):
             self._compute(part)
-            address = result.data_ptr() + start * self._target.row
-            size = len(part) * self._target.row
-            self._memory.copy(address, self._output.data_ptr(), size, "within")
+            address = result.data_ptr() + start * target.row
+            size = len(part) * target.row
+            self._memory.copy(address, self._outputs[name].data_ptr(), size, "within")
         return result
 
     def warm(self, batch: npt.NDArray[Any]) -> Warmed:
@@ -127,29 +153,39 @@ class BoundRunner:
             InferenceError: the capture failed.
         """
         start = time.perf_counter()
-        plain = self.run(batch)
+        plain = self.run(batch, self._everything)
         first = time.perf_counter() - start
         size = self._padded(len(batch))
         if self._options.cuda_graphs and size not in self._captured:
             self._capture(size, batch, plain)
         start = time.perf_counter()
-        self.run(batch)
+        self.run(batch, self._everything)
         return Warmed(len(batch), first, time.perf_counter() - start, size in self._captured)
 
-    def _capture(self, size: int, batch: npt.NDArray[Any], plain: npt.NDArray[Any]) -> None:
+    @property
+    def _everything(self) -> Wanted:
+        return dict.fromkeys(self._targets)
+
+    def _capture(
+        self, size: int, batch: npt.NDArray[Any], plain: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
         self._captured.add(size)
         try:
             # One call runs twice for the allocations and then captures; older releases need more.
             for _ in range(3):
-                replayed = self.run(batch)
+                replayed = self.run(batch, self._everything)
         except Exception as error:
             self._captured.discard(size)
             raise InferenceError(
                 f"The CUDA graph of batch size {size} could not be captured: {error} Warm up while "
                 f"no other thread of the process uses CUDA, or open without cuda_graphs."
             ) from error
-        scale = float(np.abs(plain).max()) or 1.0
-        difference = float(np.abs(replayed - plain).max()) / scale
+        difference = np.max(
+            [
+                np.abs(replayed[name] - values).max() / (np.abs(values).max() or 1.0)
+                for name, values in plain.items()
+            ]
+        )
         if not difference <= 1e-2:
             self._captured.discard(size)
             logger.warning(
@@ -196,10 +232,11 @@ class BoundRunner:
             return
         # Dropped first: old and new need not fit at once.
         self._bindings.clear()
-        self._input = self._output = None
+        self._input = None
+        self._outputs = {}
         self._capacity = 0
         self._input = self._allocate(size, self._source)
-        self._output = self._allocate(size, self._target)
+        self._outputs = {name: self._allocate(size, port) for name, port in self._targets.items()}
         self._memory.clear(self._input.data_ptr(), size * self._source.row)
         self._stale = 0
         self._capacity = size
@@ -218,7 +255,10 @@ class BoundRunner:
         place = self._memory.device_type, self._memory.device_id
         for bind, port, value in (
             (binding.bind_input, self._source, self._input),
-            (binding.bind_output, self._target, self._output),
+            *(
+                (binding.bind_output, port, self._outputs[name])
+                for name, port in self._targets.items()
+            ),
         ):
             bind(port.name, *place, port.dtype.type, (size, *port.shape), value.data_ptr())
         self._bindings[size] = binding

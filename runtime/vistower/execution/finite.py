@@ -1,4 +1,4 @@
-"""The guard of the tokens: NaN or infinity never reach a caller unnoticed.
+"""The guard of the outputs: NaN or infinity never reach a caller unnoticed.
 
 fp16 ends at 65504, so an activation of a large tower can overflow to infinity, and NaN follows. In
 float32 they come from damaged weights, or from pixel values that hold them already.
@@ -15,10 +15,13 @@ import numpy.typing as npt
 
 from vistower.bundle import BundleGraph
 from vistower.errors import NonFiniteError
+from vistower.execution.binding import Wanted
 from vistower.execution.device import Device
 from vistower.execution.session import Session
 
 logger = logging.getLogger("vistower")
+
+Array = npt.NDArray[np.float32]
 
 
 def all_finite(tokens: npt.NDArray[np.float32]) -> bool:
@@ -34,7 +37,7 @@ def all_finite(tokens: npt.NDArray[np.float32]) -> bool:
 
 
 class FiniteGuard:
-    """Checks what `Session.run` returned; computes the batch again in fp32 where that is chosen."""
+    """Checks what `Session.compute` gave; computes the batch again in fp32 where that is chosen."""
 
     def __init__(
         self, what: str, fp32: BundleGraph | None, device: Device, *, reduced: bool
@@ -58,17 +61,25 @@ class FiniteGuard:
         return _guard, (self._what, self._graph, self._device, self._reduced)
 
     def checked(
-        self, tokens: npt.NDArray[np.float32], pixel_values: npt.NDArray[Any]
-    ) -> npt.NDArray[np.float32]:
-        """The tokens themselves, or those of the fp32 graph.
+        self, found: dict[str, Array], wanted: Wanted, pixel_values: npt.NDArray[Any]
+    ) -> dict[str, Array]:
+        """The outputs themselves, or those of the fp32 graph.
 
         Raises:
             NonFiniteError: NaN or infinity, and no fp32 graph was given, or it gives them too.
         """
-        if all_finite(tokens):
-            return tokens
-        bad = np.flatnonzero(~np.isfinite(tokens).all(axis=(1, 2)))
-        text = f"{self._what} gave NaN or infinity for {len(bad)} of {len(tokens)} pictures"
+        if all(all_finite(values) for values in found.values()):
+            return found
+        bad = np.flatnonzero(
+            ~np.all(
+                [
+                    np.isfinite(values).reshape(len(values), -1).all(axis=1)
+                    for values in found.values()
+                ],
+                axis=0,
+            )
+        )
+        text = f"{self._what} gave NaN or infinity for {len(bad)} of {len(pixel_values)} pictures"
         if not self._reduced:
             given = len(pixel_values) - int(np.isfinite(pixel_values).all(axis=(1, 2, 3)).sum())
             raise NonFiniteError(
@@ -84,11 +95,12 @@ class FiniteGuard:
         with self._lock:
             if self._fp32 is None:
                 self._fp32 = Session(self._graph, str(self._device))
-        again = self._fp32.run(pixel_values[bad])
-        if not all_finite(again):
+        again = self._fp32.compute(pixel_values[bad], wanted)
+        if not all(all_finite(values) for values in again.values()):
             raise NonFiniteError(f"{text}, and the fp32 graph too: the weights are damaged.")
-        tokens[bad] = again
-        return tokens
+        for name, values in found.items():
+            values[bad] = again[name]
+        return found
 
 
 def _guard(what: str, fp32: BundleGraph | None, device: Device, reduced: bool) -> FiniteGuard:

@@ -26,9 +26,9 @@ from vistower.execution.providers import (
 )
 from vistower.execution.tensorrt import tensorrt_providers
 from vistower.execution.workers import Worker
+from vistower.families.record import LAST_HIDDEN_STATE, OUTPUTS
 
 INPUT = "pixel_values"
-OUTPUT = "last_hidden_state"
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -40,11 +40,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """ONNX Runtime's session, the graph's input and output, and where its nodes went."""
+    """ONNX Runtime's session, the graph's input and outputs, and where its nodes went."""
 
     session: Any
     source: Port
-    target: Port
+    targets: tuple[Port, ...]
     placement: NodePlacement | None
 
 
@@ -82,10 +82,10 @@ class Loading:
                 f"The bundle of {self.graph} was replaced while it was opened. Open it again."
             )
         self._check_provider(session)
-        source, target = self._ports(session)
+        source, targets = self._ports(session)
         strict = self.options.strict
         placement = read_placement(session, self.device, self.graph, strict=strict)
-        return Loaded(session, source, target, placement)
+        return Loaded(session, source, targets, placement)
 
     def _bundle(self) -> tuple[int, int] | None:
         """The bundle's directory, whatever it is called; what was checked is in this one."""
@@ -180,23 +180,30 @@ class Loading:
             f"{active}: {reasons}. `vistower doctor` shows what there is."
         )
 
-    def _ports(self, session: Any) -> tuple[Port, Port]:
+    def _ports(self, session: Any) -> tuple[Port, tuple[Port, ...]]:
         inputs, outputs = session.get_inputs(), session.get_outputs()
         named = {node.name: node for node in outputs}
-        if [node.name for node in inputs] != [INPUT] or OUTPUT not in named:
+        if [node.name for node in inputs] != [INPUT] or LAST_HIDDEN_STATE not in named:
             raise BundleCorruptError(
                 f"{self.graph} has inputs {[node.name for node in inputs]} and outputs "
-                f"{list(named)}; a vision tower has the input {INPUT} and the output {OUTPUT}. For "
-                f"CLIP, export the vision model (CLIPVisionModel), not text and vision together."
+                f"{list(named)}; a vision tower has the input {INPUT} and the output "
+                f"{LAST_HIDDEN_STATE}. For CLIP, export the vision model (CLIPVisionModel), not "
+                f"text and vision together."
             )
-        layout = self.of.layout if self.of is not None else None
-        source = self._port(inputs[0], (3, *layout.image_size) if layout else ())
-        target = self._port(
-            named[OUTPUT], (layout.num_tokens, layout.hidden_size) if layout else ()
+        of = self.of
+        if of is not None:
+            of.check_outputs(tuple(named))
+        source = self._port(inputs[0], (3, *of.layout.image_size) if of else ())
+        targets = tuple(
+            self._port(named[name], (of.shape(name) or ()) if of else ())
+            for name in OUTPUTS
+            if name in named
         )
-        if self.of is not None:
-            self.of.check_ports(*((port.dtype.name, port.shape) for port in (source, target)))
-        return source, target
+        if of is not None:
+            of.check_ports(
+                *((port.name, port.dtype.name, port.shape) for port in (source, *targets))
+            )
+        return source, targets
 
     def _port(self, node: Any, sizes: tuple[int, ...]) -> Port:
         """An input or output; ``sizes`` are taken where the graph leaves its own open."""

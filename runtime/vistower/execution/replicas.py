@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vistower.execution.binding import Warmed
+from vistower.execution.binding import Wanted, Warmed
 from vistower.execution.device import Device
 from vistower.execution.session import Session
+from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.forks import Process
 
 
@@ -65,8 +66,19 @@ class Replicas:
         """An input array, see `Session.empty`."""
         return self.sessions[0].empty(batch_size)
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The outputs of the graph."""
+        return self.sessions[0].outputs
+
     def run(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """One forward pass over all devices, see `Session.run`; rows keep their order.
+        """``last_hidden_state`` alone, see `Session.run`."""
+        return self.compute(pixel_values, {LAST_HIDDEN_STATE: None})[LAST_HIDDEN_STATE]
+
+    def compute(
+        self, pixel_values: npt.NDArray[Any], wanted: Wanted
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """One forward pass over all devices, see `Session.compute`; rows keep their order.
 
         Raises:
             InferenceError: a device failed; the other parts are computed to their end first.
@@ -74,17 +86,20 @@ class Replicas:
         self._process.require("encoder")
         parts = np.array_split(pixel_values, min(len(self.sessions), len(pixel_values)))
         if len(parts) == 1:
-            return self._on_least_busy(parts[0])
-        waiting = [self._threads.submit(self._on_least_busy, part) for part in parts]
+            return self._on_least_busy(parts[0], wanted)
+        waiting = [self._threads.submit(self._on_least_busy, part, wanted) for part in parts]
         wait(waiting)
-        return np.concatenate([future.result() for future in waiting])
+        found = [future.result() for future in waiting]
+        return {name: np.concatenate([part[name] for part in found]) for name in wanted}
 
-    def _on_least_busy(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def _on_least_busy(
+        self, pixel_values: npt.NDArray[Any], wanted: Wanted
+    ) -> dict[str, npt.NDArray[np.float32]]:
         with self._lock:
             index = self._pending.index(min(self._pending))
             self._pending[index] += len(pixel_values)
         try:
-            return self.sessions[index].run(pixel_values)
+            return self.sessions[index].compute(pixel_values, wanted)
         finally:
             with self._lock:
                 self._pending[index] -= len(pixel_values)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import BundleGraph
 from vistower.errors import BatchMemoryError, DeviceError, InferenceError
-from vistower.execution.binding import BoundRunner, Warmed
+from vistower.execution.binding import BoundRunner, Wanted, Warmed
 from vistower.execution.cuda_problems import (
     DeviceChoice,
     choose_device,
@@ -23,17 +23,20 @@ from vistower.execution.cuda_problems import (
     require_device,
 )
 from vistower.execution.device import Device, DeviceLike, ProviderLike, parse_providers
-from vistower.execution.loading import INPUT, OUTPUT, Loading
+from vistower.execution.loading import INPUT, Loading
 from vistower.execution.memory import CudaMemory, HostMemory, Memory
 from vistower.execution.ort import onnxruntime
 from vistower.execution.providers import Providers, SessionOptions
 from vistower.execution.workers import CallingThread, Worker, gpu_worker
+from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.foreign import foreign_code
 from vistower.forks import Process, kept_in_children, uncut
 from vistower.output import DeviceArray
 from vistower.threads import available_cpus
 
 logger = logging.getLogger("vistower")
+
+Array = npt.NDArray[np.float32]
 
 TOKENS_PER_THREAD = 400
 """Tokens per thread from which on a batch is computed in parts on the CPU: enough rows for every
@@ -107,7 +110,8 @@ class Session:
         with foreign_code, uncut:
             loaded = loading.load(self._worker)
         self._session, self.placement = loaded.session, loaded.placement
-        self._source, self._target = loaded.source, loaded.target
+        self._source = loaded.source
+        self._targets = {port.name: port for port in loaded.targets}
         if self._worker is not None:
             self._memory, self._bound = self._bind(self._worker)
 
@@ -140,7 +144,7 @@ class Session:
             self._session,
             memory,
             source=self._source,
-            target=self._target,
+            targets=tuple(self._targets.values()),
             options=self.options,
         )
         return memory, bound
@@ -156,9 +160,23 @@ class Session:
             return np.empty(shape, self._source.dtype)
         return self._memory.empty(shape, self._source.dtype)
 
-    def run(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The outputs it has, by the names of `vistower.families.record.OUTPUTS`."""
+        return tuple(self._targets)
+
+    def run(self, pixel_values: npt.NDArray[Any]) -> Array:
         """One forward pass: (B, 3, H, W) of `input_dtype` → ``last_hidden_state`` (B, T, D).
 
+        Raises:
+            BatchMemoryError, InferenceError: see `compute`.
+        """
+        return self.compute(pixel_values, {LAST_HIDDEN_STATE: None})[LAST_HIDDEN_STATE]
+
+    def compute(self, pixel_values: npt.NDArray[Any], wanted: Wanted) -> dict[str, Array]:
+        """One forward pass: (B, 3, H, W) of `input_dtype` → the outputs wanted, float32.
+
+        Of ``last_hidden_state`` the first tokens alone can be wanted; then no more is copied.
         Where memory runs out, the batch is computed in two halves, once, with a warning.
 
         Raises:
@@ -168,34 +186,43 @@ class Session:
         self._process.require("encoder")
         with foreign_code:
             try:
-                tokens = self._forward(pixel_values)
+                found = self._forward(pixel_values, wanted)
             except Exception as error:
                 if not out_of_memory(error) or len(pixel_values) < 2:
                     raise self._failed(pixel_values, error) from error
-                tokens = self._halved(pixel_values, error)
-        self._check_shape(pixel_values, tokens.shape)
-        return tokens if tokens.dtype == np.float32 else tokens.astype(np.float32)
+                found = self._halved(pixel_values, wanted, error)
+        for name, values in found.items():
+            self._check_shape(name, pixel_values, values.shape, wanted[name])
+        return {name: values.astype(np.float32, copy=False) for name, values in found.items()}
 
     def _forward(
-        self, pixel_values: npt.NDArray[Any], *, shrink: bool = False
-    ) -> npt.NDArray[np.float32]:
+        self, pixel_values: npt.NDArray[Any], wanted: Wanted, *, shrink: bool = False
+    ) -> dict[str, npt.NDArray[Any]]:
         if self._worker is None:
-            return self._in_parts(pixel_values)
+            return self._in_parts(pixel_values, wanted)
         batch = self._bindable(pixel_values)
-        return self._worker.run(self._bound.run, batch, shrink=shrink)
+        return self._worker.run(self._bound.run, batch, wanted, shrink=shrink)
 
-    def _in_parts(self, pixel_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        tokens = len(pixel_values) * self._target.shape[0]
+    def _in_parts(
+        self, pixel_values: npt.NDArray[Any], wanted: Wanted
+    ) -> dict[str, npt.NDArray[Any]]:
+        tokens = len(pixel_values) * self._targets[LAST_HIDDEN_STATE].shape[0]
         count = min(len(pixel_values), tokens // (TOKENS_PER_THREAD * self.threads))
-        parts = [
-            self._session.run([OUTPUT], {INPUT: part})[0]
-            for part in np.array_split(pixel_values, max(1, count))
-        ]
-        return cast(
-            "npt.NDArray[np.float32]", parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return _joined(
+            [self._part(part, wanted) for part in np.array_split(pixel_values, max(1, count))]
         )
 
-    def _halved(self, pixel_values: npt.NDArray[Any], error: Exception) -> npt.NDArray[np.float32]:
+    def _part(self, pixel_values: npt.NDArray[Any], wanted: Wanted) -> dict[str, npt.NDArray[Any]]:
+        values = self._session.run(list(wanted), {INPUT: pixel_values})
+        return {
+            # A copy, not a view: the tokens behind it must not be kept.
+            name: value if wanted[name] is None else value[:, : wanted[name]].copy()
+            for name, value in zip(wanted, values, strict=True)
+        }
+
+    def _halved(
+        self, pixel_values: npt.NDArray[Any], wanted: Wanted, error: Exception
+    ) -> dict[str, npt.NDArray[Any]]:
         middle = (len(pixel_values) + 1) // 2
         logger.warning(
             "%s ran out of memory for a batch of %d (%s); it is computed in halves of %d. Use a "
@@ -206,9 +233,9 @@ class Session:
             middle,
         )
         try:
-            return np.concatenate(
+            return _joined(
                 [
-                    self._forward(part, shrink=True)
+                    self._forward(part, wanted, shrink=True)
                     for part in (pixel_values[:middle], pixel_values[middle:])
                 ]
             )
@@ -226,8 +253,10 @@ class Session:
             return BatchMemoryError(f"{text}. Use a smaller batch_size, or raise memory_limit.")
         return InferenceError(text)
 
-    def run_on_device(self, pixel_values: npt.NDArray[Any]) -> DeviceArray:
-        """The same, the tokens left in the device's memory and handed out through DLPack.
+    def run_on_device(
+        self, pixel_values: npt.NDArray[Any], output: str = LAST_HIDDEN_STATE
+    ) -> DeviceArray:
+        """One output, left in the device's memory and handed out through DLPack.
 
         The work is finished when this returns: a consumer need not synchronize.
 
@@ -236,18 +265,18 @@ class Session:
         """
         self._process.require("encoder")
         with foreign_code:
-            return self._left_on_device(pixel_values)
+            return self._left_on_device(pixel_values, output)
 
-    def _left_on_device(self, pixel_values: npt.NDArray[Any]) -> DeviceArray:
+    def _left_on_device(self, pixel_values: npt.NDArray[Any], output: str) -> DeviceArray:
         try:
             if self._worker is None:
                 module = onnxruntime()
                 feeds = {INPUT: module.OrtValue.ortvalue_from_numpy(pixel_values)}
-                value = self._session.run_with_ort_values([OUTPUT], feeds)[0]
-                self._check_shape(pixel_values, tuple(value.shape()))
+                value = self._session.run_with_ort_values([output], feeds)[0]
+                self._check_shape(output, pixel_values, tuple(value.shape()))
                 return DeviceArray(value)
             batch = self._bindable(pixel_values)
-            return DeviceArray(self._worker.run(self._bound.run_on_device, batch))
+            return DeviceArray(self._worker.run(self._bound.run_on_device, batch, output))
         except Exception as error:
             raise self._failed(pixel_values, error) from error
 
@@ -296,15 +325,21 @@ class Session:
 
     def _timed(self, batch: npt.NDArray[Any]) -> float:
         start = time.perf_counter()
-        self._forward(batch)
+        self._forward(batch, dict.fromkeys(self._targets))
         return time.perf_counter() - start
 
-    def _check_shape(self, pixel_values: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    def _check_shape(
+        self,
+        output: str,
+        pixel_values: npt.NDArray[Any],
+        shape: tuple[int, ...],
+        tokens: int | None = None,
+    ) -> None:
         """A graph may leave its sizes open, and declare what it does not compute."""
-        expected = (len(pixel_values), *self._target.shape)
+        expected = (len(pixel_values), *self._targets[output].leading(tokens))
         if shape != expected:
             raise InferenceError(
-                f"{self.graph} gave {OUTPUT} of shape {shape} for {len(pixel_values)} pictures, "
+                f"{self.graph} gave {output} of shape {shape} for {len(pixel_values)} pictures, "
                 f"where its bundle says {expected}: it is the graph of another model. Export the "
                 f"bundle again."
             )
@@ -317,6 +352,13 @@ class Session:
                 f"{self._source.dtype}, and got {pixel_values.shape} of {pixel_values.dtype}."
             )
         return np.ascontiguousarray(pixel_values)
+
+
+def _joined(parts: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
+    """The outputs of several batches as those of one."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _load(

@@ -18,6 +18,9 @@ import numpy.typing as npt
 from vistower.bundle import find_bundle
 from vistower.encoder import VisionEncoder
 from vistower.errors import BundleUnsupportedError, MissingModelPathError, OptionError
+from vistower.families.clip import FAMILY as CLIP
+from vistower.families.dinov3 import FAMILY as DINOV3
+from vistower.families.record import Family
 from vistower.mixins.feature_cache import FeatureCache
 from vistower.mixins.masks import indexed
 from vistower.mixins.model import TowerModel
@@ -45,7 +48,7 @@ class _Features:
     patch_size: int
     _feature_cache: FeatureCache
 
-    def _load(self, mixin: type[_Features], model_type: str, kwargs: dict[str, Any]) -> int:
+    def _load(self, mixin: type[_Features], family: Family, kwargs: dict[str, Any]) -> int:
         """Open the model's bundle; returns its input size in pixels.
 
         The size is the bundle's own, which `EMBED_MODEL_RESOLUTION` and the fallbacks of the
@@ -55,16 +58,18 @@ class _Features:
         if model_path is None:
             raise MissingModelPathError(
                 f"{mixin.__name__} needs the keyword model_path: a bundle's directory, a "
-                f"checkpoint's directory or a hub id such as {_EXAMPLES[model_type]}."
+                f"checkpoint's directory or a hub id such as {_example(family)}."
             )
         bundle = find_bundle(model_path)
-        if bundle.model_type != model_type:
+        if bundle.model_type != family.model_type:
             other = _MIXINS.get(bundle.model_type)
+            without = "" if bundle.family.has_cls else ", which has no CLS token"
             raise BundleUnsupportedError(
                 f"{mixin.__name__} was given {os.fspath(model_path)!r}, which holds "
-                f"{bundle.name} of model type {bundle.model_type}, not {model_type}. "
+                f"{bundle.name} of model type {bundle.model_type}{without}, not "
+                f"{family.model_type}. "
                 + (f"Use {other}, or give" if other else "Give")
-                + f" a model such as {_EXAMPLES[model_type]}."
+                + f" a model such as {_example(family)}."
             )
         encoder = VisionEncoder.open(
             bundle.directory,
@@ -135,7 +140,7 @@ class CLIPMixin(_Features):
         """
         _init_next(CLIPMixin, self, kwargs)
         named = {"model_path": CLIP_DEFAULT_MODEL} | kwargs
-        self.img_input_size = self._load(CLIPMixin, "clip_vision_model", named)
+        self.img_input_size = self._load(CLIPMixin, CLIP, named)
 
 
 class DINOv3Mixin(_Features):
@@ -157,14 +162,15 @@ class DINOv3Mixin(_Features):
             MissingModelPathError: ``model_path`` is left out or None; it is a ``TypeError``.
         """
         _init_next(DINOv3Mixin, self, kwargs)
-        self.input_image_size = self._load(DINOv3Mixin, "dinov3_vit", kwargs)
+        self.input_image_size = self._load(DINOv3Mixin, DINOV3, kwargs)
 
 
-_MIXINS = {"clip_vision_model": "CLIPMixin", "dinov3_vit": "DINOv3Mixin"}
-_EXAMPLES = {
-    "clip_vision_model": CLIP_DEFAULT_MODEL,
-    "dinov3_vit": "facebook/dinov3-vitb16-pretrain-lvd1689m",
-}
+_MIXINS = {CLIP.model_type: "CLIPMixin", DINOV3.model_type: "DINOv3Mixin"}
+
+
+def _example(family: Family) -> str:
+    """A model that the mixin of a family takes."""
+    return family.backbones[0].hub_id
 
 
 def _max_pixels() -> int | None:

@@ -17,6 +17,7 @@ import numpy as np
 from vistower.encoder import VisionEncoder
 from vistower.errors import ImageFormatError, OptionError, TorchOnlyError
 from vistower.execution.device import CPU, Device
+from vistower.families.record import LAST_HIDDEN_STATE, POOLER_OUTPUT
 from vistower.mixins.devices import dtype_name, is_dtype, parsed, torch_name
 from vistower.mixins.results import imported_torch, to_output
 
@@ -26,7 +27,7 @@ _TORCH = (
 )
 _PRECISION = "Set VISTOWER_PRECISION (fp32, tf32, fp16, bf16, int8) before the mixin is made."
 _DEVICE = "Make the mixin with device=... to run it elsewhere."
-_OUTPUT = "Its graph gives the tokens of the last layer only."
+_OUTPUT = "Its graph gives the tokens of the last layer, and what is made of them."
 _HINTS: Mapping[str, str] = {
     **dict.fromkeys(("half", "bfloat16", "double", "type"), _PRECISION),
     **dict.fromkeys(("cpu", "cuda", "xpu", "mps"), _DEVICE),
@@ -140,7 +141,7 @@ class TowerModel:
         return self
 
     def __call__(self, pixel_values: Any = None, **options: Any) -> TowerOutput:
-        """Run the tower: ``pixel_values`` (B, 3, H, W) → ``last_hidden_state`` (B, T, D).
+        """Run the tower: ``pixel_values`` (B, 3, H, W) → every output of its graph.
 
         Args:
             pixel_values: torch tensor or array of any numeric dtype, cast to float32 as the torch
@@ -157,12 +158,12 @@ class TowerModel:
                 raise OptionError(f"{name}={value!r} was asked of {self!r}. {_OUTPUT}")
         if pixel_values is None:
             raise OptionError("You have to specify pixel_values: what the mixin's processor gives.")
-        state = self.encoder.forward(as_float32(pixel_values))
-        tokens = {"last_hidden_state": to_output(state)}
-        if self.config.model_type == "dinov3_vit":
-            # DINOv3ViTModel.forward: pooled_output = sequence_output[:, 0, :].
-            tokens["pooler_output"] = to_output(self.encoder.layout.cls(state))
-        return TowerOutput(tokens)
+        outputs = dict.fromkeys(self.encoder.session.outputs)
+        found = self.encoder.compute(as_float32(pixel_values), outputs)
+        if POOLER_OUTPUT not in found and "pooled" in self.encoder.outputs:
+            # A graph of another exporter, of a family whose pooler takes the first token.
+            found[POOLER_OUTPUT] = self.encoder.layout.cls(found[LAST_HIDDEN_STATE])
+        return TowerOutput({name: to_output(values) for name, values in found.items()})
 
     forward = __call__
 
@@ -183,7 +184,7 @@ class TowerConfig:
             "patch_size": layout.patch_size,
             "image_size": layout.image_size[0],
         }
-        if encoder.bundle.model_type == "dinov3_vit":
+        if encoder.bundle.family.has_registers:
             known["num_register_tokens"] = layout.num_register_tokens
         # A bundle that vistower did not write may leave out what has a default.
         vars(self)["_entries"] = known | encoder.bundle.config
@@ -214,8 +215,8 @@ class TowerConfig:
 class TowerOutput(dict[str, Any]):
     """What a `TowerModel` gives: a mapping with its entries as attributes, in order by number.
 
-    ``last_hidden_state`` (B, T, D) and, of DINOv3, ``pooler_output`` (B, D), which is its CLS
-    token; torch tensors or NumPy arrays as `vistower.mixins.results` says.
+    ``last_hidden_state`` (B, T, D), ``pooler_output`` (B, D) and, of a CLIP with its projection,
+    ``image_embeds`` (B, P); torch tensors or NumPy arrays as `vistower.mixins.results` says.
     """
 
     hidden_states = None

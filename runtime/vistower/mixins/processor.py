@@ -44,7 +44,7 @@ class TowerProcessor:
             bundle = self.encoder.bundle
             if name in bundle.processor_config:
                 return bundle.processor_config[name]
-            if name == "image_processor" and bundle.model_type == "clip_vision_model":
+            if name == "image_processor" and bundle.family.has_text:
                 return self
         raise TorchOnlyError(
             f"The mixin's processor has no {name}: it is the image processor of a bundle, without "

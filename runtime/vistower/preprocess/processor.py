@@ -20,7 +20,7 @@ from vistower.arguments import whole_number
 from vistower.errors import ImageFormatError, OptionError, ProcessorConfigError
 from vistower.lazy import cached_property
 from vistower.preprocess.arrays import is_array
-from vistower.preprocess.classes import Backend
+from vistower.preprocess.classes import CLASSES, Backend, plain_name
 from vistower.preprocess.config import Options, read_options
 from vistower.preprocess.convert import Conversion, Picture, Transparency
 from vistower.preprocess.dinov3_arithmetic import DINOv3Arithmetic
@@ -93,8 +93,34 @@ class Preprocessor(Options):
         return cls(**{field.name: getattr(options, field.name) for field in fields(options)})
 
     def resized(self, size: Size) -> Preprocessor:
-        """The same processor for another (height, width) in pixels, without a centre crop."""
-        return replace(self, size=size, crop=None)
+        """The same processor for another (height, width) in pixels.
+
+        One that crops resizes to more than it keeps: that edge grows with the crop, rounded to the
+        nearest pixel, and both stay squares.
+
+        Raises:
+            ProcessorConfigError: it crops, and one of the sizes is no square, or it resizes in
+                a way of its own.
+        """
+        if self.crop is None:
+            return replace(self, size=size)
+        old, own = self.crop.size, plain_name(self.processor)
+        edges = self.size
+        if (
+            old[0] != old[1]
+            or size[0] != size[1]
+            or not isinstance(edges, Edges)
+            or edges.longest is not None
+            or CLASSES[own].crop_pct
+        ):
+            raise ProcessorConfigError(
+                f"{size[0]}x{size[1]} pixels were asked for, but {self.processor} cuts the middle "
+                f"{old[0]}x{old[1]} out of every picture: a square out of a picture resized by its "
+                f"shortest edge can be made larger or smaller, nothing else. Leave --resolution "
+                f"out, or give the checkpoint a processor without a centre crop."
+            )
+        shortest = round(edges.shortest * size[0] / old[0])
+        return replace(self, size=Edges(shortest), crop=replace(self.crop, size=size))
 
     @property
     def output_size(self) -> Size:
