@@ -36,12 +36,23 @@ _SMALL = {
 TINY: dict[str, dict[str, Any]] = {
     "clip_vision_model": {**_SMALL, "patch_size": 32, "projection_dim": 24},
     "dinov3_vit": {**_SMALL, "patch_size": 16, "num_register_tokens": 4},
+    "dinov2": {**_SMALL, "patch_size": 28, "image_size": 280},
+    "dinov2_with_registers": {
+        **_SMALL,
+        "patch_size": 28,
+        "image_size": 280,
+        "num_register_tokens": 3,
+    },
+    "siglip_vision_model": {**_SMALL, "patch_size": 32},
 }
 """Model type → settings of its tiny checkpoint."""
 
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip_vision_model": ("CLIPImageProcessor", {}),
     "dinov3_vit": ("DINOv3ViTImageProcessor", {}),
+    "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 256}}),
+    "dinov2_with_registers": ("BitImageProcessor", {"size": {"shortest_edge": 256}}),
+    "siglip_vision_model": ("SiglipImageProcessor", {}),
 }
 """Model type → its image processor's class and options."""
 

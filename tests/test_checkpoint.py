@@ -64,7 +64,7 @@ def digest(directory: Path) -> str:
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_every_record_has_the_released_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model = checkpoint._build_model(BACKBONES[name])

@@ -459,7 +459,7 @@ def test_an_engine_belongs_to_one_model_gpu_and_version() -> None:
         ("auto", "cuda", "dinov3_vit", (8, 0), ("bf16", "bf16", False)),
         ("auto", "cuda", "dinov3_vit", (7, 5), ("fp32", "fp32", False)),
         ("auto", "cuda", "dinov3_vit", None, ("fp32", "fp32", False)),
-        ("auto", "cuda", "unknown", (9, 0), ("fp32", "fp32", False)),
+        ("auto", "cuda", "dinov2", (9, 0), ("fp32", "fp32", False)),
         ("tf32", "cuda", "dinov3_vit", (8, 0), ("tf32", "fp32", True)),
         ("fp16", "cuda", "dinov3_vit", (7, 5), ("fp16", "fp16", False)),
         ("int8", "cpu", "dinov3_vit", None, ("int8", "int8", False)),

@@ -157,7 +157,7 @@ def test_the_float_graphs_share_one_weight_file(clip_bundle: Path, tmp_path: Pat
     shutil.copytree(clip_bundle, tmp_path / "moved")
     embeddings = VisionEncoder.open(tmp_path / "moved", device="cpu").encode(SAMPLES[0])
     assert np.isfinite(embeddings.patches).all()
-    assert len(list(replay(Bundle.load(tmp_path / "moved")))) == 9
+    assert len(list(replay(Bundle.load(tmp_path / "moved")))) == 15
 
 
 def test_the_pil_backend_is_recorded_and_differs(clip_checkpoint: Path, tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_only_our_errors_come_out_of_a_damaged_bundle(
 def test_the_untouched_bundle_passes(bundle: Path) -> None:
     mutations.use(bundle, SAMPLES[0])
     assert len(list(replay(Bundle.load(bundle)))) == 15
-    assert json.loads((bundle / "vistower.json").read_text())["format_version"] == 1
+    assert json.loads((bundle / "vistower.json").read_text())["format_version"] == 2
 
 
 @pytest.mark.parametrize("kind", ["itself", "each other", "laughs"])

@@ -315,6 +315,16 @@ def _patch_rows(writer: Writer, name: str, pixel_values: ir.Value, config: Tower
     """(B, 3, H, W) as rows of flattened (C, p, p) patches, row-major from the top left."""
     rows, columns = config.grid
     patch = config.patch_size
+    if (rows * patch, columns * patch) != config.image_size:
+        ends = np.array([rows * patch, columns * patch], np.int64)
+        pixel_values = writer.op(
+            "Slice",
+            f"{name}.whole",
+            pixel_values,
+            writer.constant("patches.starts", np.zeros(2, np.int64)),
+            writer.constant("patches.ends", ends),
+            writer.constant("patches.axes", np.array([2, 3], np.int64)),
+        )
     split = np.array([0, 3, rows, patch, columns, patch], np.int64)
     flat = np.array([0, rows * columns, 3 * patch * patch], np.int64)
     value = writer.op("Reshape", f"{name}.split", pixel_values, writer.constant("patches.s", split))

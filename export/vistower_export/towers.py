@@ -116,7 +116,10 @@ def native_size(family: Family, config: Mapping[str, Any]) -> tuple[int, int] | 
 
 
 def square_patch(family: Family, config: Mapping[str, Any], image_size: tuple[int, int]) -> int:
-    """Pixels of a patch's side, which tile the pictures.
+    """Pixels of a patch's side.
+
+    Patches tile the pictures, but for the size a tower was made for: there transformers leaves
+    what is over at the right and at the bottom out.
 
     Raises:
         UnsupportedArchitectureError: they do not, are not square, or the pictures are not RGB.
@@ -126,7 +129,9 @@ def square_patch(family: Family, config: Mapping[str, Any], image_size: tuple[in
         raise UnsupportedArchitectureError(
             f"config.json says patch_size={config['patch_size']!r}; only square patches are known."
         )
-    if min(image_size) <= 0 or image_size[0] % height or image_size[1] % width:
+    tiled = not (image_size[0] % height or image_size[1] % width)
+    made_for = min(image_size) >= height and native_size(family, config) == image_size
+    if min(image_size) <= 0 or not (tiled or made_for):
         raise UnsupportedArchitectureError(
             f"Pictures of {image_size[0]}x{image_size[1]} pixels were asked for (by --resolution "
             f"or the processor), which is no multiple of the patch size {height}."

@@ -419,7 +419,7 @@ def _check_relations(manifest: Manifest) -> None:
         sizes[place] = graph.image_size
         _check_outputs(place, manifest, graph)
     for place, (height, width) in sizes.items():
-        if height % patch or width % patch:
+        if (height % patch or width % patch) and manifest.native_size != (height, width):
             raise SchemaError(
                 f"{place}.image_size is {height}x{width}, no multiple of the patch size {patch}"
             )
