@@ -124,12 +124,13 @@ def _write_model(backbone: Backbone, directory: Path, seed: int) -> None:
     family = family_of({"model_type": backbone.family})
     names = family.weights
     model = _empty_model(backbone)
+    layers = getattr(model.config, "num_hidden_layers", 0)
     model.to_empty(device="cpu")
     generator = np.random.default_rng(seed)
     state_dict = {}
     for name, parameter in model.named_parameters():
         name = name if names is None else released_name(name, names)
-        _draw(name, parameter.detach().numpy(), backbone, family, generator)
+        _draw(name, parameter.detach().numpy(), backbone, family, layers, generator)
         state_dict[name] = parameter.detach()
     if names is not None and names.layer.gated is not None:
         _join_gates(state_dict, names.layer.gated)
@@ -171,6 +172,7 @@ def _draw(
     values: np.ndarray[Any, Any],
     backbone: Backbone,
     family: Family,
+    num_hidden_layers: int,
     generator: np.random.Generator,
 ) -> None:
     """Fill one float32 parameter in place.
@@ -201,7 +203,7 @@ def _draw(
         if family.weights is not None and family.weights.layer.scale1 is None:
             last = (family.weights.layer.o, family.weights.layer.down)
             if owner.endswith(last):
-                values *= (2 * backbone.config["num_hidden_layers"]) ** -0.5
+                values *= (2 * num_hidden_layers) ** -0.5
     else:
         values *= 0.1
 
