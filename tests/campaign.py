@@ -370,7 +370,7 @@ from pathlib import Path
 import numpy as np
 from vistower.embedding_files import embedding_file
 with embedding_file(Path({output!r}), 0) as target:
-    target.write([{content!r}, "b"], np.full((2, 3), len({content!r}), np.float32))
+    target.write([{content!r}, "b"], {{"cls": np.full((2, 3), len({content!r}), np.float32)}})
 """
 """Writes embeddings as ``vistower embed`` does."""
 

@@ -27,7 +27,7 @@ def test_every_target_has_a_corpus_that_is_understood() -> None:
         if path.parent.name == "manifest":
             assert targets.Manifest.read(path).graphs
         if path.parent.name == "golden":
-            with targets.GoldenFile(path, targets.GOLDEN_LAYOUTS) as golden:
+            with targets.GoldenFile(path, targets.GOLDEN_SHAPES) as golden:
                 assert len(golden.pictures) >= 2
 
 

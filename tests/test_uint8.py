@@ -39,7 +39,7 @@ def test_every_graph_has_a_twin_that_takes_levels(bundle: Bundle) -> None:
         expected = onnx.TensorProto.UINT8 if record.pixels == "uint8" else onnx.TensorProto.FLOAT
         assert taken.type.tensor_type.elem_type == expected
     assert graphs["ort_uint8"].parity.max_rel <= 2e-5
-    assert len(list(replay(bundle))) == 3 + 3 * 5
+    assert len(list(replay(bundle))) == 3 + 2 * 3 * 5
 
 
 def test_levels_give_the_same_tokens_as_float_pixels(bundle: Bundle) -> None:
