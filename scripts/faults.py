@@ -1,6 +1,6 @@
 """Stops, races and starves exports and embeds, and prints what came of it; see docs/reliability.md.
 
-usage: scripts/faults [--count 50] [--seed 0]
+usage: scripts/faults [--count 50] [--seed 0] [steps|exports|embeds|races|disks...]
 Needs the right to mount a tmpfs for the part with full disks; says so where it lacks it.
 """
 
@@ -10,7 +10,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -23,27 +23,33 @@ from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower_export.pictures import SAMPLES
 
 
-def tallies(folder: Path, count: int, seed: int) -> Iterator[campaign.Tally]:
-    with Nursery("vistower.embedding_files") as light:
-        yield from campaign.kill_everything_at_every_step(light, folder)
+PARTS = ("steps", "exports", "embeds", "races", "disks")
+
+
+def tallies(folder: Path, count: int, seed: int, parts: Sequence[str]) -> Iterator[campaign.Tally]:
+    if "steps" in parts:
+        with Nursery("vistower.embedding_files") as light:
+            yield from campaign.kill_everything_at_every_step(light, folder)
     first = tiny_checkpoint(folder / "tiny-clip", CLIP)
     second = tiny_checkpoint(folder / "tiny-dinov3", DINOV3)
+    output = folder / "exports" / "bundle"
+    bundle = folder / "bundles" / "bundle"
+    embeds = folder / "embeds" / "o.npz"
     with Nursery() as nursery:
-        output = folder / "exports" / "bundle"
-        for number in campaign.SIGNALS:
-            yield campaign.stop_exports(nursery, first, second, output, number, count, seed)
-        bundle = folder / "bundles" / "bundle"
         done = nursery.run("export", first, "--output", bundle)
         if done.code:
             raise SystemExit(done.errors)
-        for number in campaign.SIGNALS:
+        for number in campaign.SIGNALS if "exports" in parts else ():
+            yield campaign.stop_exports(nursery, first, second, output, number, count, seed)
+        for number in campaign.SIGNALS if "embeds" in parts else ():
             for forked in (nursery, None):
-                embeds = folder / "embeds" / "o.npz"
                 yield campaign.stop_embeds(
                     forked, bundle, SAMPLES * 10, embeds, number, count, seed
                 )
-        yield campaign.race_exports(nursery, first, second, output, max(3, count // 2), seed)
-        yield from full_disks(nursery, folder, bundle, second)
+        if "races" in parts:
+            yield campaign.race_exports(nursery, first, second, output, max(3, count // 2), seed)
+        if "disks" in parts:
+            yield from full_disks(nursery, folder, bundle, second)
 
 
 def full_disks(
@@ -81,10 +87,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=50, help="Faults of each kind.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"Of {', '.join(PARTS)}.")
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - {*PARTS}:
+        parser.error(f"no such part: {', '.join(unknown)}")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for tally in tallies(Path(folder), arguments.count, arguments.seed):
+        for tally in tallies(
+            Path(folder), arguments.count, arguments.seed, arguments.parts or PARTS
+        ):
             print(tally, flush=True)
     print(f"{time.monotonic() - start:.0f} s")
 
