@@ -22,7 +22,6 @@ from vistower.families.clip import FAMILY as CLIP
 from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower_export.pictures import SAMPLES
 
-
 PARTS = ("steps", "exports", "embeds", "races", "disks")
 
 
