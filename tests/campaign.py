@@ -143,9 +143,11 @@ def stop_embeds(
     for index in range(count):
         if index % 5 == 4:
             output.unlink(missing_ok=True)
+        elif not output.exists():
+            output.write_bytes(wholes["forwards"])
         before = embeddings_state(output, wholes)
         order = "backwards" if before == "forwards" else "forwards"
-        after = chance.uniform(0, 1.1 * seconds)
+        after = seconds * (chance.uniform(0, 1.1) if index % 2 else chance.uniform(0.8, 1.2))
         if nursery is not None:
             ended = nursery.stopped(number, after, *command(order))
         else:

@@ -53,7 +53,8 @@ def test_int8_is_near_float32_and_smaller(name: str, bundles: dict[str, Bundle])
     assert record.parity.patches.cosine_mean >= record.parity.patches.cosine
     assert "sample pictures" in str(record.calibration)
     # CLIP's pixels are uint8 levels: their product loses nothing in its input.
-    assert record.float_products == (() if name == "tiny-clip" else ("patches",))
+    first = tuple(product for product in record.float_products if product.startswith("patch"))
+    assert first == (() if name == "tiny-clip" else ("patches",))
     exact = VisionEncoder.open(bundle.directory, device="cpu").encode(SAMPLES)
     lossy = VisionEncoder.open(bundle.directory, device="cpu", precision="int8").encode(SAMPLES)
     assert cosines(exact.cls, lossy.cls).min() >= 0.999

@@ -7,7 +7,7 @@ than int8 may be, the products that lose most are left in float32, as few as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,20 +129,33 @@ def _within_tolerance(
     everything: Quantization,
     pixel_values: Mapping[str, Array],
 ) -> Quantization:
-    """The quantization of as many products as the tolerance allows, in doubling steps.
+    """The quantization of the first choice of `_kept` that the tolerance allows.
 
-    If half of them in float32 are not enough, the whole quantization goes on to the gate.
+    If there is none, the whole quantization goes on to the gate.
     """
     exact_graph = next(graph.path for graph in graphs.written if graph.form is ORT)
     exact = run(exact_graph, pixel_values)
-    noise = relative_noise(products, statistics, everything)
-    noisiest = sorted(noise, key=lambda name: -noise[name])
-    kept = 0
-    while kept <= len(noisiest) // 2:
-        candidate = everything.without(noisiest[:kept])
+    for kept in _kept(relative_noise(products, statistics, everything)):
+        candidate = everything.without(kept)
         graph = write_graph(tower, INT8, quantization=candidate)
         tokens = run(graphs.trial("candidate", graph), pixel_values)
         if passes(compare(exact, tokens, graphs.views[0].layout), TOLERANCES["int8"]):
             return candidate
-        kept = 2 * kept or 1
     return everything
+
+
+def _kept(noise: Mapping[str, float]) -> Iterator[list[str]]:
+    """Products to keep in float32: none, the noisiest up to half of them, those of one place.
+
+    Noise is an average over tokens. Where one token is far off, its error may come from products
+    of no more noise than others: then it is those of one place in all layers, ``up`` say.
+    """
+    noisiest = sorted(noise, key=lambda name: -noise[name])
+    count = 0
+    while count <= len(noisiest) // 2:
+        yield noisiest[:count]
+        count = 2 * count or 1
+    places: dict[str, list[str]] = {}
+    for name in noisiest:
+        places.setdefault(name.rpartition(".")[2], []).append(name)
+    yield from places.values()
