@@ -166,7 +166,7 @@ def test_what_saturation_would_do(bundles: dict[str, Bundle]) -> None:
     weight = next(
         onnx.numpy_helper.to_array(tensor)
         for tensor in graph.initializer
-        if tensor.name == "layers.0.up.weight"
+        if tensor.name == "layers.0.down.weight"
     ).astype(np.int32)
     activation = np.random.default_rng(0).integers(128, 256, (8, len(weight)))
     pairs = (activation[:, :, None] * weight).reshape(8, -1, 2, weight.shape[1]).sum(axis=2)
