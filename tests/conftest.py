@@ -44,6 +44,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_register_tokens": 3,
     },
     "siglip_vision_model": {**_SMALL, "patch_size": 32},
+    "dinov3_convnext": {"hidden_sizes": [16, 24, 32, 64], "depths": [1, 2, 1, 1]},
 }
 """Model type → settings of its tiny checkpoint."""
 
@@ -53,6 +54,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 256}}),
     "dinov2_with_registers": ("BitImageProcessor", {"size": {"shortest_edge": 256}}),
     "siglip_vision_model": ("SiglipImageProcessor", {}),
+    "dinov3_convnext": ("DINOv3ViTImageProcessor", {}),
 }
 """Model type → its image processor's class and options."""
 

@@ -25,9 +25,9 @@ from vistower_export.quantize import (
     Statistics,
     quantize,
     relative_noise,
-    smooth,
 )
-from vistower_export.weights import LEVELS_SITE, PIXELS_SITE, Product, Tower
+from vistower_export.towers import exporter
+from vistower_export.weights import LEVELS_SITE, PIXELS_SITE, Arranged, Product
 from vistower_export.write import Calibrated, Graphs, run
 
 Array = npt.NDArray[np.float32]
@@ -83,8 +83,8 @@ def observe(runs: Iterable[tuple[Path, Iterable[Array]]]) -> dict[str, Statistic
 
 def calibrate(
     graphs: Graphs,
-    towers: Sequence[Tower],
-    folded: Sequence[Tower],
+    towers: Sequence[Arranged],
+    folded: Sequence[Arranged],
     pictures: Sequence[ImageInput],
     label: str,
     gate: Mapping[str, Array],
@@ -104,10 +104,11 @@ def calibrate(
     for path, _ in runs:
         path.unlink()
     levels = folded[0].levels
-    if levels is not None:
+    if levels is not None and PIXELS_SITE in statistics:
         scale, offset = levels.rows(folded[0].config.patch_size)
         statistics[LEVELS_SITE] = statistics[PIXELS_SITE].shifted(-offset).divided(scale)
-    smoothed = [smooth(tower, statistics) for tower in folded]
+    how = exporter(folded[0].config.family)
+    smoothed = [how.smooth(tower, statistics) for tower in folded]
     tower, even = smoothed[0]
     products = write_graph(tower, ORT).products
     everything = quantize(products, even)
@@ -123,7 +124,7 @@ def calibrate(
 
 def _within_tolerance(
     graphs: Graphs,
-    tower: Tower,
+    tower: Arranged,
     products: Mapping[str, Product],
     statistics: Mapping[str, Statistics],
     everything: Quantization,

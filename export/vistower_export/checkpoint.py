@@ -21,8 +21,7 @@ from vistower.families.record import Backbone, GatedNames
 from vistower.places import as_output_error, require_space
 from vistower.staging import staged
 from vistower_export.ownership import Kind, may_write
-from vistower_export.towers import family_of
-from vistower_export.weights import released_name
+from vistower_export.towers import exporter, family_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,7 +128,7 @@ def _write_model(backbone: Backbone, directory: Path, seed: int) -> None:
     generator = np.random.default_rng(seed)
     state_dict = {}
     for name, parameter in model.named_parameters():
-        name = name if names is None else released_name(name, names)
+        name = exporter(family).released_name(family, name)
         _draw(name, parameter.detach().numpy(), backbone, family, layers, generator)
         state_dict[name] = parameter.detach()
     if names is not None and names.layer.gated is not None:
@@ -195,7 +194,7 @@ def _draw(
         values += 0.05
         return
     generator.standard_normal(out=values, dtype=np.float32)
-    if "norm" in layer and leaf == "weight":
+    if leaf == "weight" and values.ndim == 1:
         values *= 0.1
         values += 1.0
     elif leaf.endswith("weight") and "position" not in layer:

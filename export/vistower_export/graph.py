@@ -2,7 +2,7 @@
 
 ``portable`` uses standard operators only (opset 20), for every ONNX runtime. ``ort`` uses ONNX
 Runtime's fused operators (domain ``com.microsoft``): attention, rotary embedding and activations
-are one node each. Both come from the same weights and the same code; only `_Dialect` differs.
+are one node each. Both come from the same weights and the same code; only `Operators` differs.
 
 Writing the graph, instead of tracing the torch module and fusing afterwards, gives the fewest
 nodes, needs one copy of the weights, and does not depend on the exporter of a torch release.
@@ -22,8 +22,9 @@ import onnx_ir as ir
 from vistower.families.record import IMAGE_EMBEDS, LAST_HIDDEN_STATE, POOLER_OUTPUT
 from vistower_export.forms import HALVES, Dialect, GraphForm
 from vistower_export.quantize import HEAD, LEVELS, Quantization
-from vistower_export.towers import TowerConfig
+from vistower_export.towers import Activation, TowerConfig, exporter
 from vistower_export.weights import (
+    Arranged,
     AttentionPooling,
     Levels,
     Linear,
@@ -44,14 +45,15 @@ QUICK_GELU_ALPHA = 1.702
 """CLIP's ``x * sigmoid(1.702 x)``; SiLU is the same operator with 1."""
 
 
-class _Dialect(ABC):
+class Operators(ABC):
     """How one family of operators spells attention and the activations."""
 
-    def __init__(self, writer: Writer, tower: Tower, form: GraphForm) -> None:
+    def __init__(self, writer: Writer, tower: Arranged, form: GraphForm) -> None:
+        """Write with a writer, in a form."""
         self.writer = writer
         self.form = form
-        self.config: TowerConfig = tower.config
-        self.eps = tower.config.layer_norm_eps
+        self.kind: Activation = tower.config.activation
+        self.eps: float = tower.config.layer_norm_eps
 
     @abstractmethod
     def attention(self, name: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
@@ -74,20 +76,22 @@ class _Dialect(ABC):
         """``value`` plus the projection ``linear`` of ``inner``: the sum, and the sum normed."""
 
 
-class _Portable(_Dialect):
-    def __init__(self, writer: Writer, tower: Tower, form: GraphForm) -> None:
+class _Portable(Operators):
+    def __init__(self, writer: Writer, tower: Arranged, form: GraphForm) -> None:
         super().__init__(writer, tower, form)
-        config = self.config
+        self._alpha = (
+            writer.constant("quick_gelu.alpha", np.array(QUICK_GELU_ALPHA, np.float32))
+            if self.kind == "quick_gelu"
+            else None
+        )
+        self._rotary: tuple[ir.Value, ir.Value] | None = None
+        if not isinstance(tower, Tower):
+            return
+        config = tower.config
         self._heads = writer.constant(
             "shape.heads", np.array([0, 0, config.num_attention_heads, config.head_dim], np.int64)
         )
         self._merged = writer.constant("shape.merged", np.array([0, 0, config.hidden_size]))
-        self._alpha = (
-            writer.constant("quick_gelu.alpha", np.array(QUICK_GELU_ALPHA, np.float32))
-            if config.activation == "quick_gelu"
-            else None
-        )
-        self._rotary: tuple[ir.Value, ir.Value] | None = None
         if tower.rotary is not None:
             cos, sin = tower.rotary
             # rotate_half negates the second half; the sign lives in the table instead of a node.
@@ -132,14 +136,14 @@ class _Portable(_Dialect):
     def activation(self, name: str, value: ir.Value, linear: Linear) -> ir.Value:
         writer = self.writer
         value = writer.linear(name, value, linear)
-        if self.config.activation in ("gelu", "gelu_tanh"):
-            approximate = "tanh" if self.config.activation == "gelu_tanh" else "none"
+        if self.kind in ("gelu", "gelu_tanh"):
+            approximate = "tanh" if self.kind == "gelu_tanh" else "none"
             return writer.op("Gelu", f"{name}.gelu", value, approximate=approximate)
         gate = value
         if self._alpha is not None:
             gate = writer.op("Mul", f"{name}.alpha", value, self._alpha)
         gate = writer.op("Sigmoid", f"{name}.sigmoid", gate)
-        return writer.op("Mul", f"{name}.{self.config.activation}", value, gate)
+        return writer.op("Mul", f"{name}.{self.kind}", value, gate)
 
     def residual(
         self,
@@ -156,10 +160,13 @@ class _Portable(_Dialect):
         return total, writer.norm(norm_name, total, norm, self.eps)
 
 
-class _Ort(_Dialect):
-    def __init__(self, writer: Writer, tower: Tower, form: GraphForm) -> None:
+class _Ort(Operators):
+    def __init__(self, writer: Writer, tower: Arranged, form: GraphForm) -> None:
         super().__init__(writer, tower, form)
         self._rotary: tuple[ir.Value, ir.Value, ir.Value] | None = None
+        if not isinstance(tower, Tower):
+            return
+        self._num_heads = tower.config.num_attention_heads
         if tower.rotary is not None:
             cos, sin = tower.rotary
             self._rotary = (
@@ -172,7 +179,7 @@ class _Ort(_Dialect):
         return self.writer.op(op_type, name, *inputs, domain=MICROSOFT, **attributes)
 
     def attention(self, name: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-        heads = self.config.num_attention_heads
+        heads = self._num_heads
         if self._rotary is not None:
             q, k = (
                 self._fused(
@@ -192,7 +199,7 @@ class _Ort(_Dialect):
 
     def activation(self, name: str, value: ir.Value, linear: Linear) -> ir.Value:
         writer = self.writer
-        if self.config.activation == "gelu":
+        if self.kind == "gelu":
             if linear.bias is None or writer.quantized(name) is not None:
                 # An int8 product adds its bias for nothing. CUDA has the standard operator in no
                 # half precision, the CPU has it faster than the other.
@@ -202,11 +209,11 @@ class _Ort(_Dialect):
             value = writer.product(name, value, linear)
             bias = writer.constant(f"{name}.bias", linear.bias)
             return self._fused("BiasGelu", f"{name}.gelu", value, bias)
-        if self.config.activation == "gelu_tanh":
+        if self.kind == "gelu_tanh":
             return self._fused("FastGelu", f"{name}.gelu", writer.linear(name, value, linear))
-        alpha = QUICK_GELU_ALPHA if self.config.activation == "quick_gelu" else 1.0
+        alpha = QUICK_GELU_ALPHA if self.kind == "quick_gelu" else 1.0
         value = writer.linear(name, value, linear)
-        return self._fused("QuickGelu", f"{name}.{self.config.activation}", value, alpha=alpha)
+        return self._fused("QuickGelu", f"{name}.{self.kind}", value, alpha=alpha)
 
     def residual(
         self,
@@ -230,10 +237,10 @@ class _Ort(_Dialect):
         return writer.skip_norm(norm_name, value, out, bias, norm, self.eps)
 
 
-_DIALECTS: dict[Dialect, type[_Dialect]] = {"portable": _Portable, "ort": _Ort}
+_DIALECTS: dict[Dialect, type[Operators]] = {"portable": _Portable, "ort": _Ort}
 
 
-def _layers(writer: Writer, dialect: _Dialect, value: ir.Value, tower: Tower) -> ir.Value:
+def _layers(writer: Writer, dialect: Operators, value: ir.Value, tower: Tower) -> ir.Value:
     """All layers and the norm behind them; every residual sum goes with the norm that reads it."""
     normed = writer.norm("layers.0.norm1", value, tower.layers[0].norm1, dialect.eps)
     last = len(tower.layers) - 1
@@ -267,6 +274,14 @@ def _layers(writer: Writer, dialect: _Dialect, value: ir.Value, tower: Tower) ->
     return normed
 
 
+def write_vit(writer: Writer, dialect: Operators, pixel_values: ir.Value, tower: Tower) -> ir.Value:
+    """The tokens (B, T, D) of a vision transformer, in the graph's own float type."""
+    value = _embed(writer, pixel_values, tower)
+    if tower.norm_before is not None:
+        value = writer.norm("norm_before", value, tower.norm_before, dialect.eps)
+    return _layers(writer, dialect, value, tower)
+
+
 def _embed(writer: Writer, pixel_values: ir.Value, tower: Tower) -> ir.Value:
     """Patches as rows (C, p, p), one product, prefix rows in front, then the constant rows added.
 
@@ -287,8 +302,7 @@ def _patch_product(writer: Writer, pixel_values: ir.Value, tower: Tower) -> ir.V
         rows = _patch_rows(writer, "patches", pixel_values, tower.config)
         out = writer.linear("patches", writer.narrowed(rows), tower.patch)
         return writer.widened(out)
-    if pixel_values.dtype != ir.DataType.UINT8:
-        pixel_values = _levels(writer, pixel_values, tower.levels)
+    pixel_values = levels_of(writer, pixel_values, tower.levels)
     rows = _patch_rows(writer, "levels", pixel_values, tower.config)
     if writer.quantized("patch_levels") is not None:
         writer.prequantized(rows, LEVELS)
@@ -298,8 +312,10 @@ def _patch_product(writer: Writer, pixel_values: ir.Value, tower: Tower) -> ir.V
     return writer.widened(writer.linear("patch_levels", rows, tower.patch))
 
 
-def _levels(writer: Writer, pixel_values: ir.Value, levels: Levels) -> ir.Value:
-    """The uint8 levels that float32 pixel values were made of."""
+def levels_of(writer: Writer, pixel_values: ir.Value, levels: Levels) -> ir.Value:
+    """The uint8 levels that float32 pixel values were made of, or are already."""
+    if pixel_values.dtype == ir.DataType.UINT8:
+        return pixel_values
     shape = (1, 3, 1, 1)
     scale, offset = (np.array(x).reshape(shape) for x in (levels.scale, levels.offset))
     inverse = writer.constant("levels.inverse", (1 / scale).astype(np.float32))
@@ -341,7 +357,7 @@ class WrittenGraph:
 
 
 def write_graph(
-    tower: Tower,
+    tower: Arranged,
     form: GraphForm,
     *,
     quantization: Quantization | None = None,
@@ -372,11 +388,7 @@ def write_graph(
     )
     writer = Writer(form.precision, quantization, emulate=emulate)
     dialect = _DIALECTS[form.dialect](writer, tower, form)
-    value = _embed(writer, pixel_values, tower)
-    eps = config.layer_norm_eps
-    if tower.norm_before is not None:
-        value = writer.norm("norm_before", value, tower.norm_before, eps)
-    value = _layers(writer, dialect, value, tower)
+    value = exporter(config.family).write(writer, dialect, pixel_values, tower)
     outputs = list(_outputs(writer, dialect, value, tower))
     if observe:
         values = {str(v.name): v for node in writer.nodes for v in node.outputs}
@@ -404,7 +416,7 @@ def write_graph(
 
 
 def _outputs(
-    writer: Writer, dialect: _Dialect, value: ir.Value, tower: Tower
+    writer: Writer, dialect: Operators, value: ir.Value, tower: Arranged
 ) -> Iterator[ir.Value]:
     """Every output, made of the last tokens (B, T, D) in the graph's own float type."""
     hidden = tower.config.hidden_size
@@ -421,7 +433,7 @@ def _outputs(
         yield _output(writer.widened(projected), IMAGE_EMBEDS, ["batch", width])
 
 
-def pool(writer: Writer, dialect: _Dialect, value: ir.Value, pooler: PoolerWeights) -> ir.Value:
+def pool(writer: Writer, dialect: Operators, value: ir.Value, pooler: PoolerWeights) -> ir.Value:
     """``pooler_output`` (B, D) of the last tokens (B, T, D)."""
     if pooler.attention is not None:
         return _attention_pool(writer, dialect, value, pooler.attention)
@@ -435,7 +447,7 @@ def pool(writer: Writer, dialect: _Dialect, value: ir.Value, pooler: PoolerWeigh
 
 
 def _attention_pool(
-    writer: Writer, dialect: _Dialect, value: ir.Value, head: AttentionPooling
+    writer: Writer, dialect: Operators, value: ir.Value, head: AttentionPooling
 ) -> ir.Value:
     heads, wide, width = head.v_shape
     scores = writer.linear("head.scores", value, head.scores)

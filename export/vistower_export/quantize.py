@@ -229,31 +229,33 @@ def _smooth_layer(at: str, layer: Layer, statistics: dict[str, Statistics]) -> L
     attention_out = factors(f"{at}.attention", layer.o)
     wide = [layer.up] if layer.gate is None else [layer.up, layer.gate]
     mlp_in = factors(f"{at}.norm2.norm", *wide)
-    v = _divided_columns(_scaled_rows(layer.v, attention_in), attention_out)
-    gate, up, down = layer.gate, _scaled_rows(layer.up, mlp_in), layer.down
+    v = _divided_columns(scaled_rows(layer.v, attention_in), attention_out)
+    gate, up, down = layer.gate, scaled_rows(layer.up, mlp_in), layer.down
     if gate is not None:
-        gate = _scaled_rows(gate, mlp_in)
+        gate = scaled_rows(gate, mlp_in)
         mlp_out = factors(f"{at}.gated", layer.down)
-        up, down = _divided_columns(up, mlp_out), _scaled_rows(down, mlp_out)
+        up, down = _divided_columns(up, mlp_out), scaled_rows(down, mlp_out)
     return replace(
         layer,
-        norm1=_divided(layer.norm1, attention_in),
-        q=_scaled_rows(layer.q, attention_in),
-        k=_scaled_rows(layer.k, attention_in),
+        norm1=divided(layer.norm1, attention_in),
+        q=scaled_rows(layer.q, attention_in),
+        k=scaled_rows(layer.k, attention_in),
         v=v,
-        o=_scaled_rows(layer.o, attention_out),
-        norm2=_divided(layer.norm2, mlp_in),
+        o=scaled_rows(layer.o, attention_out),
+        norm2=divided(layer.norm2, mlp_in),
         gate=gate,
         up=up,
         down=down,
     )
 
 
-def _divided(norm: Norm, factor: Array) -> Norm:
+def divided(norm: Norm, factor: Array) -> Norm:
+    """A norm whose results are over ``factor`` (K,)."""
     return Norm(norm.scale / factor, norm.bias / factor)
 
 
-def _scaled_rows(linear: Linear, factor: Array) -> Linear:
+def scaled_rows(linear: Linear, factor: Array) -> Linear:
+    """A projection that takes its input over ``factor`` (K,)."""
     return replace(linear, weight=lambda: linear.weight() * factor[:, None])
 
 

@@ -65,8 +65,8 @@ from vistower_export.pictures import (
 )
 from vistower_export.pixels import require_same_processor
 from vistower_export.source import Checkpoint
-from vistower_export.towers import family_of, native_size, tower_config
-from vistower_export.weights import Levels, Tower, arrange
+from vistower_export.towers import exporter, family_of, native_size
+from vistower_export.weights import Arranged, Levels
 from vistower_export.write import (
     TRIAL_DIRECTORY,
     Array,
@@ -154,7 +154,7 @@ def load(
     first = preprocessor if sizes[0] == own else preprocessor.resized(sizes[0])
     views = [
         View(
-            tower_config(family, config, size).layout,
+            exporter(family).tower_config(family, config, size).layout,
             first if size == sizes[0] else first.resized(size),
         )
         for size in sizes
@@ -203,7 +203,7 @@ def require_levels(loaded: Loaded) -> None:
     loaded.views[0].preprocessor.as_levels()
 
 
-def arrange_views(loaded: Loaded, *, levels: bool = False) -> tuple[Tower, ...]:
+def arrange_views(loaded: Loaded, *, levels: bool = False) -> tuple[Arranged, ...]:
     """The weights of each view, rearranged; matrices are made when they are asked for.
 
     ``levels`` folds rescaling and normalization of the pixels into them.
@@ -211,11 +211,11 @@ def arrange_views(loaded: Loaded, *, levels: bool = False) -> tuple[Tower, ...]:
     normalization = loaded.views[0].preprocessor.normalization if levels else None
     folded = None if normalization is None else Levels(*normalization)
     state = hf.state_dict(loaded.model)
-    config = loaded.model.config.to_dict()
+    config, how = loaded.model.config.to_dict(), exporter(loaded.family)
     return tuple(
-        arrange(
+        how.arrange(
             state,
-            tower_config(loaded.family, config, view.size),
+            how.tower_config(loaded.family, config, view.size),
             hf.positions(loaded.model, loaded.family, view.size),
             folded,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,6 +74,11 @@ class TowerConfig:
     def grid(self) -> tuple[int, int]:
         """Patch rows and columns."""
         return self.layout.grid
+
+
+def exporter(family: Family) -> Any:
+    """The module that reads, arranges and writes the towers of a family."""
+    return importlib.import_module(family.exporter or "vistower_export.vit")
 
 
 def pair(value: Any, name: str) -> tuple[int, int]:

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vistower.errors import CheckpointError
+from vistower.families import Family
 from vistower.families.record import GatedNames, VitNames
-from vistower_export.towers import TowerConfig
+from vistower.tokens import TokenLayout
+from vistower_export.towers import Activation, TowerConfig
 
 Array = npt.NDArray[np.float32]
 Lazy = Callable[[], Array]
@@ -158,6 +160,58 @@ class Tower:
     norm_after: Norm | None
     pooler: PoolerWeights | None
     projection: Linear | None
+
+
+class Configured(Protocol):
+    """What is read of any tower's architecture."""
+
+    @property
+    def family(self) -> Family:
+        """The record."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a patch's side."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token."""
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """Of every norm."""
+
+    @property
+    def activation(self) -> Activation:
+        """Of every MLP."""
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Where the tokens lie."""
+
+
+class Arranged(Protocol):
+    """What is read of any tower's arranged weights, those of a `Tower` or of another exporter."""
+
+    @property
+    def config(self) -> Configured:
+        """The architecture."""
+
+    @property
+    def levels(self) -> Levels | None:
+        """What is folded into it, see `Levels`."""
+
+    @property
+    def pooler(self) -> PoolerWeights | None:
+        """What makes ``pooler_output``."""
+
+    @property
+    def projection(self) -> Linear | None:
+        """What makes ``image_embeds``."""
 
 
 class _Weights:

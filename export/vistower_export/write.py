@@ -19,7 +19,7 @@ from vistower_export.graph import WrittenGraph, write_graph
 from vistower_export.parity import ON_CPU
 from vistower_export.quantize import Quantization
 from vistower_export.store import WeightStore
-from vistower_export.weights import Tower
+from vistower_export.weights import Arranged
 
 GRAPH_DIRECTORY = "onnx"
 TRIAL_DIRECTORY = "trial"
@@ -76,7 +76,7 @@ class Written:
 class Calibrated:
     """Smoothed towers, one a view, what of them is quantized, and by which pictures."""
 
-    towers: tuple[Tower, ...]
+    towers: tuple[Arranged, ...]
     quantization: Quantization
     float_products: tuple[str, ...]
     pictures: str
@@ -110,7 +110,7 @@ class Graphs:
         return path
 
     def write(
-        self, form: GraphForm, towers: Sequence[Tower], calibrated: Calibrated | None = None
+        self, form: GraphForm, towers: Sequence[Arranged], calibrated: Calibrated | None = None
     ) -> None:
         """Write a form for every view; ``towers`` are one a view."""
         for view, tower in zip(self.views, towers, strict=True):

@@ -124,6 +124,10 @@ class Writer:
         """A tensor of weights in the graph's float type, kept in the weight file."""
         return self._matrix(name, lambda: self._stored(make()), self._float, shape)
 
+    def float32(self, name: str, make: Lazy, shape: tuple[int, ...]) -> ir.Value:
+        """A tensor of weights in float32 whatever the graph's float type, in the weight file."""
+        return self._matrix(name, make, ir.DataType.FLOAT, shape)
+
     def _matrix(self, name: str, make: Any, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
         tensor = ir.LazyTensor(
             lambda: ir.tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
@@ -178,6 +182,10 @@ class Writer:
     def to_float(self, value: ir.Value) -> ir.Value:
         """A uint8 value in the graph's own float type."""
         return self._cast(f"{value.name}.float", value, self._float)
+
+    def to_float32(self, value: ir.Value) -> ir.Value:
+        """A uint8 value in float32."""
+        return self._cast(f"{value.name}.float", value, ir.DataType.FLOAT)
 
     def _quantize(self, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """The uint8 form of a value with its scale and zero point; made once for all consumers."""
