@@ -89,11 +89,14 @@ def tiny_checkpoint(
     seed: int = 0,
     scaled: bool = False,
     hf_class: str | None = None,
+    processor: tuple[str, dict[str, Any]] | None = None,
+    loading: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Save a two-layer model with non-neutral weights, and its processor.
 
-    ``hf_class`` is another class of transformers than the family's plain one.
+    ``hf_class`` is another class of transformers than the family's plain one, ``processor`` its
+    image processor's class and options where `PROCESSORS` has none, ``loading`` goes to the class.
 
     With ``scaled``, matrices keep the variance of what passes through them, as trained ones do:
     then float32 rounding reaches the tokens no larger than it does in a real tower.
@@ -101,10 +104,10 @@ def tiny_checkpoint(
     import torch
     import transformers
 
-    settings = {"vistower_random_weights": True, **TINY[family.model_type], **changes}
+    settings = {"vistower_random_weights": True, **TINY.get(family.model_type, {}), **changes}
     config = getattr(transformers, family.config_class)(**settings)
     torch.manual_seed(seed)
-    model = getattr(transformers, hf_class or family.hf_class)(config)
+    model = getattr(transformers, hf_class or family.hf_class)(config, **(loading or {}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_scale" in name or name.endswith("gamma"):
@@ -116,10 +119,10 @@ def tiny_checkpoint(
             else:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(directory)
-    processor, options = PROCESSORS[family.model_type]
+    name, options = processor or PROCESSORS[family.model_type]
     # 4.57's name of the torchvision one.
     ending = "" if int(transformers.__version__.split(".")[0]) >= 5 else "Fast"
-    getattr(transformers, processor + ending)(**options).save_pretrained(directory)
+    getattr(transformers, name + ending)(**options).save_pretrained(directory)
     return directory
 
 
