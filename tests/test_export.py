@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import vistower_export.steps as steps
+import vistower_export.vit as vit
 from conftest import tiny_checkpoint
 from vistower import VisionEncoder
 from vistower.bundle import Bundle
@@ -172,7 +173,7 @@ def test_the_pil_backend_is_recorded_and_differs(clip_checkpoint: Path, tmp_path
 def test_no_bundle_when_a_graph_is_wrong(
     clip_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = steps.arrange
+    honest = vit.arrange
 
     def slightly_wrong(state, *arguments):  # type: ignore[no-untyped-def]
         state = dict(state)
@@ -180,7 +181,7 @@ def test_no_bundle_when_a_graph_is_wrong(
         state[name] = state[name] + 0.05
         return honest(state, *arguments)
 
-    monkeypatch.setattr(steps, "arrange", slightly_wrong)
+    monkeypatch.setattr(vit, "arrange", slightly_wrong)
     with pytest.raises(ParityError, match=r"largest difference \d.* smallest cosine 0\.\d+"):
         export(clip_checkpoint, tmp_path / "out" / "bundle")
     assert list((tmp_path / "out").iterdir()) == []
@@ -255,7 +256,7 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(
 @pytest.mark.parametrize(
     ("file", "change", "error"),
     [
-        ("config.json", {"model_type": "siglip_vision_model"}, UnsupportedArchitectureError),
+        ("config.json", {"model_type": "swin"}, UnsupportedArchitectureError),
         ("config.json", {"hidden_act": "relu"}, UnsupportedArchitectureError),
         ("preprocessor_config.json", {"do_pad": True}, ProcessorConfigError),
         (

@@ -17,7 +17,7 @@ from vistower.errors import (
     BundleCorruptError,
     BundleError,
     BundleUnsupportedError,
-    InferenceError,
+    NoSuchOutputError,
     PrecisionError,
     ProcessorConfigError,
 )
@@ -66,14 +66,14 @@ def test_a_config_of_another_tower_is_noticed(
     forged.config(bundle, "config.json", **values)
     if sizes == "open":
         forged.graph(bundle, open_sizes, "onnx/model.onnx")
-    with pytest.raises((BundleCorruptError, InferenceError), match=r"is said to|its bundle says"):
-        VisionEncoder.open(bundle, device="cpu").encode(SAMPLES[0])
+    with pytest.raises(BundleCorruptError, match=r"is said to|its bundle says"):
+        VisionEncoder.open(bundle, device="cpu")
 
 
 @pytest.mark.parametrize(
     ("name", "values", "error"),
     [
-        ("config.json", {"model_type": "vit"}, BundleUnsupportedError),
+        ("config.json", {"model_type": "swin"}, BundleUnsupportedError),
         ("config.json", {"model_type": 7}, BundleCorruptError),
         ("config.json", {"patch_size": [16, 14]}, BundleUnsupportedError),
         ("config.json", {"patch_size": -16}, BundleCorruptError),
@@ -108,7 +108,7 @@ def test_a_reduced_graph_is_not_taken_for_fp32(clip_checkpoint: Path, tmp_path: 
     for precision, file in (("int8", "model_int8.onnx"), ("fp16", "model_ort_fp16.onnx")):
         bundle = forged.foreign(forged.copied(exported, tmp_path / precision))
         (bundle / "onnx" / file).replace(bundle / "onnx/model.onnx")
-        assert [graph.precision for graph in Bundle.load(bundle).graphs] == [precision]
+        assert Bundle.load(bundle).graph("portable").precision == precision
         with pytest.raises(PrecisionError, match=rf"no fp32 graph .*it has {precision}"):
             VisionEncoder.open(bundle, device="cpu")
     bundle = tmp_path / "int8"
@@ -130,3 +130,86 @@ def test_a_manifest_that_is_in_the_way_is_not_passed_over(bundle: Path, tmp_path
         path = bundle / "vistower.json"
         path.rmdir() if path.is_dir() else path.unlink()
     assert json.loads((bundle / "config.json").read_text())["patch_size"] == 16
+
+
+def test_the_graphs_of_public_repositories_are_found_and_named(
+    clip_checkpoint: Path, clip_bundle: Path, tmp_path: Path
+) -> None:
+    """``model.onnx`` of both towers is passed over for ``vision_model.onnx``."""
+    checkpoint = resolve_checkpoint(str(clip_checkpoint))
+    exported = export_bundle(checkpoint, tmp_path / "ours", precisions=["int8"]).directory
+    bundle = forged.foreign(forged.copied(exported, tmp_path / "bundle"))
+    onnx_folder = bundle / "onnx"
+    (onnx_folder / "model_int8.onnx").rename(onnx_folder / "vision_model_quantized.onnx")
+    (onnx_folder / "model.onnx").rename(onnx_folder / "vision_model.onnx")
+    (onnx_folder / "model_ort.onnx").rename(onnx_folder / "model.onnx")
+    (onnx_folder / "model.onnx").write_bytes(b"both towers")
+    loaded = Bundle.load(bundle)
+    assert {graph.name: graph.precision for graph in loaded.graphs} == {
+        "portable": "fp32",
+        "vision_model_quantized": "int8",
+    }
+    want = VisionEncoder.open(exported, device="cpu", graph="int8").encode(SAMPLES[0])
+    have = VisionEncoder.open(bundle, device="cpu", graph="vision_model_quantized")
+    assert np.array_equal(have.encode(SAMPLES[0]).pooled, want.pooled)
+    plain = VisionEncoder.open(bundle, device="cpu")
+    assert plain.graph.path.name == "vision_model.onnx"
+    assert plain.outputs == ("cls", "patches", "pooled")
+    # Nothing is taken by precision that its exporter only named.
+    with pytest.raises(PrecisionError, match="no int8 graph"):
+        VisionEncoder.open(bundle, device="cpu", precision="int8")
+
+
+def kept(*names: str) -> Any:
+    def change(model: onnx.ModelProto) -> None:
+        outputs = [value for value in model.graph.output if value.name in names]
+        del model.graph.output[:]
+        model.graph.output.extend(outputs)
+
+    return change
+
+
+def test_a_graph_without_tokens_gives_its_vectors(clip_bundle: Path, tmp_path: Path) -> None:
+    bundle = forged.foreign(forged.copied(clip_bundle, tmp_path / "bundle"))
+    want = VisionEncoder.open(bundle, device="cpu").encode(SAMPLES[0]).pooled
+    forged.graph(bundle, kept("pooler_output"), "onnx/model.onnx")
+    encoder = VisionEncoder.open(bundle, device="cpu")
+    assert encoder.outputs == ("pooled",)
+    found = encoder.encode(SAMPLES[0])
+    assert np.array_equal(found.pooled, want)
+    for read in (lambda: found.cls, lambda: encoder.encode(SAMPLES[0], outputs="patches")):
+        with pytest.raises(NoSuchOutputError, match="its graph gives pooler_output only"):
+            read()
+    with pytest.raises(NoSuchOutputError, match="has no output 'last_hidden_state'"):
+        encoder.forward(encoder.preprocess(SAMPLES[0]))
+    forged.graph(bundle, kept(), "onnx/model.onnx")
+    with pytest.raises(BundleCorruptError):
+        VisionEncoder.open(bundle, device="cpu")
+
+
+def test_dinov3_without_a_pooler_pools_its_first_token(bundle: Path) -> None:
+    forged.graph(bundle, kept("last_hidden_state"), "onnx/model.onnx")
+    found = VisionEncoder.open(bundle, device="cpu").encode(SAMPLES[0])
+    assert np.array_equal(found.pooled, found.cls)
+
+
+def test_a_fixed_batch_is_refused_at_open(bundle: Path) -> None:
+    def fix(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+
+    forged.graph(bundle, fix, "onnx/model.onnx")
+    with pytest.raises(BundleUnsupportedError, match="batches of exactly 4 pictures"):
+        VisionEncoder.open(bundle, device="cpu")
+
+
+def test_float16_pixels_are_refused_at_open(bundle: Path) -> None:
+    def half(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+        cast = onnx.helper.make_node("Cast", ["pixel_values"], ["pixels32"], to=1)
+        for node in model.graph.node:
+            node.input[:] = ["pixels32" if x == "pixel_values" else x for x in node.input]
+        model.graph.node.insert(0, cast)
+
+    forged.graph(bundle, half, "onnx/model.onnx")
+    with pytest.raises((BundleCorruptError, PrecisionError), match=r"is float16 of|no fp32 graph"):
+        VisionEncoder.open(bundle, device="cpu", graph="portable")

@@ -157,7 +157,7 @@ class Request:
 
 
 def absent_parts(
-    family: Family, layout: TokenLayout, outputs: Iterable[str], name: str
+    family: Family, layout: TokenLayout, outputs: Sequence[str], name: str
 ) -> dict[str, str]:
     """Parts that a graph with these outputs cannot give → why.
 
@@ -165,11 +165,14 @@ def absent_parts(
     """
     absent = {}
     kind = family.model_type
-    if not layout.num_cls_tokens:
+    if LAST_HIDDEN_STATE not in outputs:
+        reason = f"{name} has no {LAST_HIDDEN_STATE}: its graph gives {', '.join(outputs)} only."
+        absent = dict.fromkeys(("cls", "patches", "registers"), reason)
+    if not layout.num_cls_tokens and "cls" not in absent:
         absent["cls"] = f"{name} has no CLS token: a {kind} has none. Take pooled, or patches."
-    if not layout.num_register_tokens:
+    if not layout.num_register_tokens and "registers" not in absent:
         absent["registers"] = f"{name} has no register tokens."
-    if POOLER_OUTPUT not in outputs and not _pools_first(family, layout):
+    if POOLER_OUTPUT not in outputs and ("cls" in absent or family.pooler != "first"):
         absent["pooled"] = (
             f"{name} has no {POOLER_OUTPUT}: its graph or its checkpoint lacks it. Take cls or "
             f"patches."
@@ -221,11 +224,6 @@ def request(
         prefix = layout.num_prefix_tokens if "registers" in names else layout.num_cls_tokens
         wanted[LAST_HIDDEN_STATE] = prefix
     return Request(layout, sources, absent, bool(normalize), wanted)
-
-
-def _pools_first(family: Family, layout: TokenLayout) -> bool:
-    """Whether ``pooler_output`` is the first token, which any graph has."""
-    return family.pooler == "first" and layout.num_cls_tokens > 0
 
 
 def _checked(asked: object) -> list[str]:

@@ -429,8 +429,11 @@ class VisionEncoder:
             ImageFormatError: another shape or dtype.
             InferenceError: ONNX Runtime failed.
             NonFiniteError: NaN or infinity in what is wanted.
+            NoSuchOutputError: the graph has not what is wanted.
         """
         batch = self._checked(pixel_values)
+        for output in wanted:
+            self._require(output)
         found = self.session.compute(batch, wanted)
         return found if self._guard is None else self._guard.checked(found, wanted, batch)
 
@@ -452,12 +455,15 @@ class VisionEncoder:
             raise DeviceError(
                 f"The tokens would lie on {self.device}: open one encoder per device for this."
             )
+        self._require(output)
+        return self.session.run_on_device(self._checked(pixel_values), output)
+
+    def _require(self, output: str) -> None:
         if output not in self.session.outputs:
             raise NoSuchOutputError(
                 f"The graph {self.graph.name} of {self.bundle.name} has no output {output!r}; it "
                 f"has {', '.join(self.session.outputs)}."
             )
-        return self.session.run_on_device(self._checked(pixel_values), output)
 
     def _checked(self, pixel_values: Array) -> Array:
         expected = (3, *self.layout.image_size)

@@ -36,8 +36,12 @@ from vistower.printable import printable
 from vistower.tokens import TokenLayout
 from vistower.tolerance import GraphPrecision
 
-PLAIN_GRAPHS = ("onnx/model.onnx", "model.onnx")
-"""Where a bundle without ``vistower.json`` keeps its graph: hub repositories, then optimum-cli."""
+PLAIN_GRAPHS = ("onnx/vision_model.onnx", "onnx/model.onnx", "vision_model.onnx", "model.onnx")
+"""Where a bundle without ``vistower.json`` keeps its graph: hub repositories, then optimum-cli. Of
+a model with a text tower ``model.onnx`` holds both towers, and ``vision_model.onnx`` the one."""
+
+MOST_PLAIN = 64
+"""Graphs of such a bundle that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,9 @@ class Bundle:
                 continue
             if portable and not graph.portable:
                 continue
+            # A graph beside the one of another exporter is had by its name only.
+            if graph.record is None and graph.name != "portable":
+                continue
             # With ONNX Runtime's own operators it is the faster of two of one precision.
             if graph.precision not in found or found[graph.precision].portable:
                 found[graph.precision] = graph
@@ -240,25 +247,31 @@ class Bundle:
         """Every graph."""
         return iter(self._graphs.values())
 
+    def _plain(self, name: str, path: Path) -> BundleGraph:
+        """A graph of another exporter."""
+        facts = read_graph(path)
+        return BundleGraph(
+            name=name,
+            path=path,
+            precision=held_precision(path, facts),
+            pixels="float32",
+            portable=all(domain == "" for domain, _ in facts.operators),
+            layout=self.layout,
+            kernel=self._kernel,
+            directory=self.directory,
+            record=None,
+            files={},
+        )
+
     @cached_property
     def _graphs(self) -> dict[str, BundleGraph]:
         if self.manifest is None:
             plain = plain_graph(self.directory)
             assert plain is not None  # noqa: S101  (load() found it)
-            facts = read_graph(plain)
-            graph = BundleGraph(
-                name="portable",
-                path=plain,
-                precision=held_precision(plain, facts),
-                pixels="float32",
-                portable=all(domain == "" for domain, _ in facts.operators),
-                layout=self.layout,
-                kernel=self._kernel,
-                directory=self.directory,
-                record=None,
-                files={},
-            )
-            return {graph.name: graph}
+            graphs = {"portable": self._plain("portable", plain)}
+            for path in sorted(plain.parent.glob(f"{plain.stem}_*.onnx"))[:MOST_PLAIN]:
+                graphs[path.stem] = self._plain(path.stem, path)
+            return graphs
         return {
             name: BundleGraph(
                 name=name,

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from vistower.bundle import BundleGraph, checked_file
-from vistower.errors import BundleCorruptError, DeviceError, NodePlacementError
+from vistower.errors import (
+    BundleCorruptError,
+    BundleUnsupportedError,
+    DeviceError,
+    NodePlacementError,
+)
 from vistower.execution.binding import Port
 from vistower.execution.cuda_problems import essence, problems, symptom
 from vistower.execution.device import Device
@@ -26,7 +31,7 @@ from vistower.execution.providers import (
 )
 from vistower.execution.tensorrt import tensorrt_providers
 from vistower.execution.workers import Worker
-from vistower.families.record import LAST_HIDDEN_STATE, OUTPUTS
+from vistower.families.record import OUTPUTS, POOLER_OUTPUT
 
 INPUT = "pixel_values"
 
@@ -183,21 +188,24 @@ class Loading:
     def _ports(self, session: Any) -> tuple[Port, tuple[Port, ...]]:
         inputs, outputs = session.get_inputs(), session.get_outputs()
         named = {node.name: node for node in outputs}
-        if [node.name for node in inputs] != [INPUT] or LAST_HIDDEN_STATE not in named:
+        if [node.name for node in inputs] != [INPUT] or not OUTPUTS.keys() & named.keys():
             raise BundleCorruptError(
                 f"{self.graph} has inputs {[node.name for node in inputs]} and outputs "
-                f"{list(named)}; a vision tower has the input {INPUT} and the output "
-                f"{LAST_HIDDEN_STATE}. For CLIP, export the vision model (CLIPVisionModel), not "
+                f"{list(named)}; a vision tower has the input {INPUT} and outputs among "
+                f"{', '.join(OUTPUTS)}. For CLIP, export the vision model (CLIPVisionModel), not "
                 f"text and vision together."
+            )
+        if isinstance(inputs[0].shape[0], int):
+            raise BundleUnsupportedError(
+                f"{self.graph} takes batches of exactly {inputs[0].shape[0]} pictures. Export it "
+                f"with a dynamic batch axis, or export the checkpoint with `vistower export`."
             )
         of = self.of
         if of is not None:
             of.check_outputs(tuple(named))
         source = self._port(inputs[0], (3, *of.layout.image_size) if of else ())
         targets = tuple(
-            self._port(named[name], (of.shape(name) or ()) if of else ())
-            for name in OUTPUTS
-            if name in named
+            self._port(named[name], _sizes(of, name)) for name in OUTPUTS if name in named
         )
         if of is not None:
             of.check_ports(
@@ -218,3 +226,11 @@ class Loading:
                 f"bundle."
             )
         return Port(node.name, dtype, given)
+
+
+def _sizes(of: BundleGraph | None, output: str) -> tuple[int, ...]:
+    """What an output's open sizes are taken for; the first run shows whether they are."""
+    if of is None:
+        return ()
+    pooled = (of.layout.hidden_size,) if output == POOLER_OUTPUT else ()
+    return of.shape(output) or pooled

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistower.bundle import BundleGraph
-from vistower.errors import BatchMemoryError, DeviceError, InferenceError
+from vistower.errors import BatchMemoryError, BundleCorruptError, DeviceError, InferenceError
 from vistower.execution.binding import BoundRunner, Wanted, Warmed
 from vistower.execution.cuda_problems import (
     DeviceChoice,
@@ -65,7 +65,7 @@ class Session:
         """Load a graph.
 
         Args:
-            graph: an ONNX file with input ``pixel_values`` and output ``last_hidden_state``, or
+            graph: an ONNX file with input ``pixel_values`` and named outputs, or
                 the graph of a bundle, which is compared with what the bundle says of it.
             device: ``auto``, ``cpu``, ``openvino``, ``cuda[:N]``, ``tensorrt[:N]``, a
                 ``torch.device``, or what `choose_device` made of one of them.
@@ -114,11 +114,27 @@ class Session:
         self._targets = {port.name: port for port in loaded.targets}
         if self._worker is not None:
             self._memory, self._bound = self._bind(self._worker)
+        if self._of is not None and self._of.record is None:
+            self._try()
 
     def __reduce__(self) -> tuple[Any, ...]:
         device = "auto" if self._asked is not None else str(self.device)
         graph = self._of or self.graph
         return _load, (graph, device, self.threads, self._asked, self.options)
+
+    def _try(self) -> None:
+        """Run a graph of another exporter once: it may leave open, or misstate, what it gives.
+
+        Raises:
+            BundleCorruptError: it cannot be run, or gives what its config does not say.
+        """
+        picture = np.zeros((1, *self._source.shape), self._source.dtype)
+        try:
+            self.compute(picture, dict.fromkeys(self._targets))
+        except BatchMemoryError:
+            raise
+        except InferenceError as error:
+            raise BundleCorruptError(f"{self.graph} was tried on one picture: {error}") from error
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -206,7 +222,8 @@ class Session:
     def _in_parts(
         self, pixel_values: npt.NDArray[Any], wanted: Wanted
     ) -> dict[str, npt.NDArray[Any]]:
-        tokens = len(pixel_values) * self._targets[LAST_HIDDEN_STATE].shape[0]
+        target = self._targets.get(LAST_HIDDEN_STATE)
+        tokens = len(pixel_values) * (target.shape[0] if target is not None else 1)
         count = min(len(pixel_values), tokens // (TOKENS_PER_THREAD * self.threads))
         return _joined(
             [self._part(part, wanted) for part in np.array_split(pixel_values, max(1, count))]
