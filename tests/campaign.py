@@ -101,8 +101,7 @@ def stop_exports(
         if ended.code == 0:
             assert state == checkpoint.name
         else:
-            assert ended.code == (-number if number == signal.SIGKILL else 128 + number), ended
-            assert ended.quiet, ended
+            _require_stopped(ended, number, output)
         tally.add("over before" if ended.code == 0 else _named(state, before), output)
         if number != signal.SIGKILL:
             assert not others(output)
@@ -110,6 +109,16 @@ def stop_exports(
     assert bundle_state(output) == first.name
     assert not others(output)
     return tally
+
+
+def _require_stopped(ended: Ended, number: int, output: Path) -> None:
+    """Raise unless a signal ended it as it should; before it handles them, it has made nothing."""
+    if ended.code == -number and number != signal.SIGKILL:
+        assert not ended.errors, ended
+        assert not others(output)
+    else:
+        assert ended.code == (-number if number == signal.SIGKILL else 128 + number), ended
+        assert ended.quiet, ended
 
 
 def _named(state: str, before: str) -> str:
@@ -158,8 +167,7 @@ def stop_embeds(
             assert state == order
         elif nursery is not None or after > 0.5:
             # Before it begins, Python itself ends as it does.
-            assert ended.code == (-number if number == signal.SIGKILL else 128 + number), ended
-            assert ended.quiet, ended
+            _require_stopped(ended, number, output)
         tally.add("over before" if ended.code == 0 else _named(state, before), output)
     ended = nursery.run(*command("forwards")) if nursery else started(command("forwards"))
     assert ended.code == 0
