@@ -70,16 +70,16 @@ def full_disks(
     first = folder / "first.npz"
     nursery.run("embed", bundle, SAMPLES[0], "--output", first)
     wholes = {"first": first.read_bytes()}
-    for name in ("o.npz", "o.npy"):
-        yield campaign.fill_disk(
-            nursery,
-            disk,
-            first,
-            ("embed", bundle, *SAMPLES * 60, "--device", "cpu"),
-            name,
-            [4096 * count for count in range(1, 40)],
-            lambda output: campaign.embeddings_state(output, wholes),
-        )
+    # A .npy's names would have to be copied along; tests/test_faults.py limits its size instead.
+    yield campaign.fill_disk(
+        nursery,
+        disk,
+        first,
+        ("embed", bundle, *SAMPLES * 60, "--device", "cpu"),
+        "o.npz",
+        [4096 * count for count in range(1, 40)],
+        lambda output: campaign.embeddings_state(output, wholes),
+    )
 
 
 def main() -> None:

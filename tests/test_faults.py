@@ -126,6 +126,25 @@ def test_signals_that_are_ignored_stay_so(clip_bundle: Path, tmp_path: Path) -> 
     assert (done.returncode, done.stdout, done.stderr) == (143, "goes on\n", "stopped by SIGTERM\n")
 
 
+@pytest.mark.parametrize("becomes", ["ImportError", "cli.VistowerError"])
+def test_a_signal_that_a_library_makes_another_exception_of(becomes: str) -> None:
+    """As pybind11 does where one comes while ONNX Runtime is imported: "initialization failed"."""
+    program = (
+        "import os, signal, vistower.cli as cli\n"
+        "def app(arguments):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except BaseException as error:\n"
+        f"        raise {becomes}('initialization failed') from error\n"
+        "cli.app = app\n"
+        "cli.main(['embed'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "stopped by SIGTERM\n")
+
+
 @pytest.mark.slow
 def test_two_exports_to_one_output(nursery: Nursery, checkpoints: tuple[Path, Path, Path]) -> None:
     tally = campaign.race_exports(nursery, *checkpoints, count=3, seed=0)

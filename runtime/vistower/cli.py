@@ -33,7 +33,7 @@ from vistower.errors import (
 )
 from vistower.families.record import LAST_HIDDEN_STATE
 from vistower.golden import replay
-from vistower.interrupts import stoppable
+from vistower.interrupts import require_going, stoppable
 from vistower.picture_files import find_pictures
 from vistower.printable import printable
 from vistower.tolerance import TOLERANCES, GraphPrecision
@@ -499,12 +499,14 @@ def _run(arguments: Sequence[str]) -> None:
     try:
         app(arguments)
     except VistowerError as error:
+        require_going()
         if "--debug" in arguments:
             raise
         _say(f"error: {error}")
         found_bad = isinstance(error, GoldenMismatchError | BundleCorruptError)
         sys.exit(1 if found_bad and "verify" in arguments[:2] else 2)
     except Exception as error:
+        require_going()
         if "--debug" in arguments:
             raise
         what = f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ from types import FrameType
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+_asked: list[int] = []
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -48,10 +49,21 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, was in changed.items():
             signal.signal(number, was)
+            _asked.clear()
+
+
+def require_going() -> None:
+    """Raise `Stopped` if a signal asked for the end: it may have become another exception.
+
+    C++ modules that are being imported turn every exception into an ``ImportError``.
+    """
+    if _asked:
+        raise Stopped(_asked[-1])
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     for each in _SIGNALS:
         if signal.getsignal(each) is _stop:
             signal.signal(each, signal.SIG_DFL)
+    _asked.append(number)
     raise Stopped(number)
