@@ -58,7 +58,8 @@ def full_disks(
     if not campaign.can_mount(disk):
         sys.stderr.write("no tmpfs may be mounted here: full disks were left out\n")
         return
-    whole = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    files = [path for path in bundle.rglob("*") if path.is_file()]
+    whole = sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
     arguments = (
         "export", second, "--overwrite", "--precision", "int8", "--precision", "bf16",
         "--resolution", "224", "--resolution", "96x160",
