@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SETUP = """
-import asyncio, gc, itertools, os, random, signal, sys, threading, time
+import asyncio, faulthandler, gc, itertools, os, random, signal, sys, threading, time
 import numpy as np
 from vistower import DynamicBatcher, VisionEncoder
 
@@ -111,7 +111,8 @@ except KeyboardInterrupt:
         """
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 chance = random.Random(0)
-for _ in range(500):
+faulthandler.dump_traceback_later(80, exit=True)
+for _ in range(100):
     stream = encoder.encode_stream(itertools.repeat(image[:30, :40]), batch_size=2)
     next(stream)
     try:
