@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import towers
 from conftest import tiny_checkpoint
+from vistower.backbones import find_backbone
 from vistower.bundle import Bundle
 from vistower.errors import BundleUnsupportedError
 from vistower.families import built_in, find_family
@@ -188,3 +190,16 @@ def test_clip_with_another_activation_and_width(tmp_path: Path) -> None:
         )
         bundle = export_bundle(resolve_checkpoint(str(checkpoint)), tmp_path / f"{hidden}/bundle")
         assert bundle.layout.hidden_size == hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        # open_clip's table of models, image towers without their projections.
+        ("CLIP-ViT-B-32-laion2B-s34B-b79K", 87),
+        ("CLIP-ViT-H-14-laion2B-s32B-b79K", 631),
+        ("CLIP-ViT-bigG-14-laion2B-39B-b160k", 1843),
+    ],
+)
+def test_clip_as_laion_publishes_it(name: str, millions: int) -> None:
+    assert round(towers.parameters(find_backbone(name)) / 1e6) == millions

@@ -1,10 +1,12 @@
 """CLIP's vision transformer, of OpenAI and of everybody who publishes one in the same format.
 
 Architecture numbers are the ``vision_config`` of the ``config.json`` in OpenAI's four ViT
-repositories.
+repositories, for LAION's the ``vision_cfg`` of open_clip's ViT-B-32, ViT-H-14 and ViT-bigG-14.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from vistower.families.record import RGB, Backbone, Family, LayerNames, Variant, VitNames
 
@@ -22,6 +24,7 @@ def _clip(
     hidden_size: int,
     num_hidden_layers: int,
     projection_dim: int,
+    **changes: Any,
 ) -> Backbone:
     side = {"height": image_size, "width": image_size}
     return Backbone(
@@ -38,6 +41,7 @@ def _clip(
             "hidden_act": "quick_gelu",
             "layer_norm_eps": 1e-5,
             "projection_dim": projection_dim,
+            **changes,
         },
         processor={
             "image_processor_type": "CLIPImageProcessor",
@@ -124,6 +128,33 @@ FAMILY = Family(
             hidden_size=1024,
             num_hidden_layers=24,
             projection_dim=768,
+        ),
+        _clip(
+            "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+            patch_size=32,
+            hidden_size=768,
+            num_hidden_layers=12,
+            projection_dim=512,
+            hidden_act="gelu",
+        ),
+        _clip(
+            "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+            patch_size=14,
+            hidden_size=1280,
+            num_hidden_layers=32,
+            projection_dim=1024,
+            num_attention_heads=16,
+            hidden_act="gelu",
+        ),
+        _clip(
+            "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+            patch_size=14,
+            hidden_size=1664,
+            num_hidden_layers=48,
+            projection_dim=1280,
+            intermediate_size=8192,
+            num_attention_heads=16,
+            hidden_act="gelu",
         ),
     ),
 )
