@@ -97,7 +97,7 @@ def export(
     ] = False,
     resolution: Annotated[
         list[str] | None,
-        typer.Option(help="Input size, e.g. 512 or 512x768 (height x width); DINOv3, repeatable."),
+        typer.Option(help="Input size, e.g. 512 or 512x768 (height x width); repeatable."),
     ] = None,
     calibrate: Annotated[
         list[str] | None,

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vistower.backbones import BACKBONES
 from vistower.bundle.contents import Bundle, holds_bundle, is_directory, nothing_here
 from vistower.bundle.manifest import CONFIG_FILE
 from vistower.bundle.source_files import changed_sources
@@ -115,6 +114,9 @@ def find_bundle(model: str | os.PathLike[str]) -> Bundle:
 def _cached_hub_bundle(model: str) -> Bundle:
     hub_id = model.strip("/")
     name, _, revision = hub_id.partition("@")
+    # Every family's record, which a bundle's own directory does not need.
+    from vistower.backbones import BACKBONES
+
     backbone = BACKBONES.get(name)
     if backbone is not None:
         name = backbone.hub_id
