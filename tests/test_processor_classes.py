@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoImageProcessor
 
 from processors import (
@@ -31,7 +33,7 @@ from processors import (
 from vistower.errors import ImageFormatError, ProcessorConfigError
 from vistower.preprocess.classes import CLASSES
 from vistower.preprocess.processor import Preprocessor
-from vistower_export.reference import transparency
+from vistower_export.reference import load_processor, transparency
 from vistower_export.source import resolve_checkpoint
 from vistower_export.steps import export_bundle
 
@@ -255,3 +257,24 @@ def test_any_options(data: st.DataObject, which: tuple[str, str]) -> None:
     assert have.shape[1:] == size == want.shape[1:]
     # The PIL backend computes in float32 what torch fuses; both are the reference.
     assert np.abs(have - want).max() <= error_allowed(want, exact=False)
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+@pytest.mark.parametrize("option", ["do_resize", "do_center_crop", "do_rescale", "do_normalize"])
+def test_a_null_is_off(option: str, backend: str, tmp_path: Path) -> None:
+    """transformers reads ``null`` as written, and not as silence."""
+    config = {
+        "image_processor_type": "CLIPImageProcessor",
+        option: None,
+        "size": {"height": 224, "width": 224},
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    processor = load_processor(tmp_path, backend)
+    picture = Image.fromarray(
+        np.random.default_rng(3).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    )
+    want = np.asarray(processor(images=picture, return_tensors="pt")["pixel_values"])[0]
+    ours = Preprocessor.from_config(
+        config, backend=backend, transformers=importlib.metadata.version("transformers")
+    )
+    assert np.abs(ours(picture) - want).max() <= 1e-4 * max(1, np.abs(want).max())

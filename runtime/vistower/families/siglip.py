@@ -65,6 +65,8 @@ _RELEASED: tuple[tuple[str, str, int, int], ...] = (
 
 
 def _siglip(name: str, width: str, patch_size: int, image_size: int) -> Backbone:
+    # SigLIP 2's files say null, with which transformers converts nothing.
+    own = {"do_convert_rgb": None, "resample": 2} if name.startswith("siglip2") else {"resample": 3}
     return Backbone(
         hub_id=f"google/{name}",
         family=MODEL_TYPE,
@@ -72,9 +74,8 @@ def _siglip(name: str, width: str, patch_size: int, image_size: int) -> Backbone
         config={"image_size": image_size, "patch_size": patch_size, **_WIDTHS[width]},
         processor={
             "image_processor_type": "SiglipImageProcessor",
-            "do_convert_rgb": None,
             "size": {"height": image_size, "width": image_size},
-            "resample": 2 if name.startswith("siglip2") else 3,
+            **own,
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
         },

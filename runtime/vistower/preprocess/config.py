@@ -124,8 +124,8 @@ class _Config:
         return not self._means_null(name) if value is None else bool(value)
 
     def _means_null(self, name: str) -> bool:
-        """Whether a null is no silence: own PIL classes take it for what it says."""
-        return self.is_own_pil and name in self._config
+        """Whether a null is no silence: every class takes it for what it says, which is off."""
+        return name in self._config
 
 
 def read_options(
