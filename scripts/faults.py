@@ -1,6 +1,6 @@
 """Stops, races and starves exports and embeds, and prints what came of it; see docs/reliability.md.
 
-usage: scripts/faults [--count 50] [--seed 0] [steps|exports|embeds|races|disks...]
+usage: scripts/faults [--count 50] [--seed 0] [steps|exports|embeds|races|readers|disks...]
 Needs the right to mount a tmpfs for the part with full disks; says so where it lacks it.
 """
 
@@ -16,16 +16,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import campaign
+import readers
 from conftest import tiny_checkpoint
 from nursery import Nursery
 from vistower.families.clip import FAMILY as CLIP
 from vistower.families.dinov3 import FAMILY as DINOV3
 from vistower_export.pictures import SAMPLES
 
-PARTS = ("steps", "exports", "embeds", "races", "disks")
+PARTS = ("steps", "exports", "embeds", "races", "readers", "disks")
 
 
-def tallies(folder: Path, count: int, seed: int, parts: Sequence[str]) -> Iterator[campaign.Tally]:
+def tallies(folder: Path, count: int, seed: int, parts: Sequence[str]) -> Iterator[object]:
     if "steps" in parts:
         with Nursery("vistower.embedding_files") as light:
             yield from campaign.kill_everything_at_every_step(light, folder)
@@ -47,6 +48,14 @@ def tallies(folder: Path, count: int, seed: int, parts: Sequence[str]) -> Iterat
                 )
         if "races" in parts:
             yield campaign.race_exports(nursery, first, second, output, max(3, count // 2), seed)
+        if "readers" in parts:
+            other = folder / "bundles" / "other"
+            nursery.run("export", second, "--output", other)
+            found = readers.race(
+                bundle, other, folder / "read" / "bundle", SAMPLES[0],
+                times=20 * count, readers=3, seed=seed,
+            )  # fmt: skip
+            yield f"replaced {20 * count} times under three readers, who got {dict(found)}"
         if "disks" in parts:
             yield from full_disks(nursery, folder, bundle, second)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import campaign
+import readers
 from command_line import run
 from nursery import Nursery, started
 from vistower.errors import OutputExistsError
@@ -149,6 +150,18 @@ def test_a_signal_that_a_library_makes_another_exception_of(becomes: str) -> Non
 def test_two_exports_to_one_output(nursery: Nursery, checkpoints: tuple[Path, Path, Path]) -> None:
     tally = campaign.race_exports(nursery, *checkpoints, count=3, seed=0)
     assert tally.outcomes.total() == 3
+
+
+def test_readers_of_a_bundle_that_is_replaced(
+    clip_bundle: Path, dinov3_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "read" / "bundle"
+    found = readers.race(
+        clip_bundle, dinov3_bundle, output, SAMPLES[0], times=20, readers=2, seed=0
+    )
+    assert {clip_bundle.name, dinov3_bundle.name} <= found.keys()
+    assert found.keys() <= {clip_bundle.name, dinov3_bundle.name, "BundleCorruptError"}
+    assert {path.name for path in output.parent.iterdir()} == {output.name}
 
 
 def test_the_second_is_told_at_once(checkpoints: tuple[Path, Path, Path]) -> None:
