@@ -1,7 +1,7 @@
 """The plain vision transformer, ``ViTModel``: DINO's first version and many classifiers' trunks.
 
 Checkpoints saved without the pooler's weights, as DINO's, have no ``pooler_output``. Sizes of
-facebook's DINO: https://github.com/facebookresearch/dino; of google's: the ViT paper, table 1.
+facebook's DINO: the README of facebookresearch/dino; of google's: the ViT paper, table 1.
 """
 
 from __future__ import annotations
