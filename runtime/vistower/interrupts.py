@@ -13,6 +13,7 @@ _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 _asked: list[int] = []
+_held: list[None] = []
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -61,9 +62,27 @@ def require_going() -> None:
         raise Stopped(_asked[-1])
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Within it the first signal waits, and raises at the end: for what must be had or not had.
+
+    What is had belongs to a ``try`` around it, whose ``finally`` gives it back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _held.append(None)
+    try:
+        yield
+    finally:
+        _held.pop()
+    require_going()
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     for each in _SIGNALS:
         if signal.getsignal(each) is _stop:
             signal.signal(each, signal.SIG_DFL)
     _asked.append(number)
-    raise Stopped(number)
+    if not _held:
+        raise Stopped(number)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vistower.errors import OutputError, OutputExistsError
+from vistower.interrupts import held
 from vistower.places import (
     Snapshot,
     as_output_error,
@@ -142,15 +143,18 @@ def staged(*outputs: Path) -> Iterator[Staging]:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(output)
         clean(output.parent, but=output)
-        place, lock = _acquire(output)
+    lock = None
     try:
         with as_output_error(output):
+            with held():
+                place, lock = _acquire(output)
             tidy(place)
             for name in (_NEW, _OLD):
                 (place / name).mkdir(exist_ok=True)
         yield Staging(place, outputs)
     finally:
-        _release(place, lock)
+        if lock is not None:
+            _release(place, lock)
 
 
 def clean(directory: Path, *, but: Path | None = None) -> None:
