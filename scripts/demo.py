@@ -37,8 +37,8 @@ def principal_components(patches: np.ndarray) -> np.ndarray:
 def shown(encoder: VisionEncoder, path: Path) -> np.ndarray:
     """What the tower sees of a picture: its pixel_values, back in 0..1."""
     pixels = encoder.preprocess(path)[0].transpose(1, 2, 0)
-    mean, std = np.array(encoder.processor.mean), np.array(encoder.processor.std)
-    return np.clip(pixels * std + mean, 0, 1)
+    scale, offset = map(np.array, encoder.processor.scaling.scale_and_offset)
+    return np.clip((pixels - offset) / scale / 255, 0, 1)
 
 
 def median_ms(encoder: VisionEncoder, files: list[Path]) -> float:
