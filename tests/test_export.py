@@ -318,8 +318,8 @@ def test_the_real_architectures_export_within_their_node_budgets(name: str, tmp_
     subprocess.run([*command, "--output", tmp_path / "plain"], check=True)
     plain = Bundle.load(tmp_path / "plain")
     assert plain.manifest is not None
-    # torch, transformers and ONNX Runtime themselves take some 800 MB.
-    assert plain.manifest.export_peak_bytes < 4 * plain.manifest.weight_bytes + 1e9
+    # torch, transformers and ONNX Runtime themselves take some 900 MB.
+    assert plain.manifest.export_peak_bytes < 4 * plain.manifest.weight_bytes + 1.2e9
 
     half = "fp16" if name.startswith("clip") else "bf16"
     precisions = ["--precision", "int8", "--precision", half]
