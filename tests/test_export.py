@@ -318,7 +318,7 @@ def test_the_real_architectures_export_within_their_node_budgets(name: str, tmp_
     subprocess.run([*command, "--output", tmp_path / "plain"], check=True)
     plain = Bundle.load(tmp_path / "plain")
     assert plain.manifest is not None
-    # torch, transformers and ONNX Runtime themselves take some 900 MB.
+    # torch, transformers and ONNX Runtime themselves take some 800 MB, and room to run in.
     assert plain.manifest.export_peak_bytes < 4 * plain.manifest.weight_bytes + 1.2e9
 
     half = "fp16" if name.startswith("clip") else "bf16"
